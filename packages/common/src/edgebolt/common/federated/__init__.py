@@ -1,0 +1,35 @@
+"""Federated learning inside a Lightning ``Trainer``: one epoch is one communication round."""
+
+from edgebolt.common.federated.algorithm import Algorithm, Uniform, WeightedMean
+from edgebolt.common.federated.client import ClientCallback, KeepMoments
+from edgebolt.common.federated.device import Device
+from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
+from edgebolt.common.federated.partition import IID, ByKey, ClientIndex, Dirichlet, Partition, Shards, Sizes
+from edgebolt.common.federated.server import Server
+from edgebolt.common.federated.strategy import FederatedStrategy
+from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Update, Visit
+
+__all__ = [
+    "IID",
+    "Algorithm",
+    "ByKey",
+    "ClientCallback",
+    "ClientIndex",
+    "Closed",
+    "Device",
+    "Dirichlet",
+    "Evaluation",
+    "FedAvg",
+    "FedAvgStrategy",
+    "FederatedStrategy",
+    "KeepMoments",
+    "Outcome",
+    "Partition",
+    "Server",
+    "Shards",
+    "Sizes",
+    "Uniform",
+    "Update",
+    "Visit",
+    "WeightedMean",
+]

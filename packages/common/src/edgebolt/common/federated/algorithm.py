@@ -1,0 +1,168 @@
+"""What a paper says: who trains, with what settings, what is sent, how updates are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from edgebolt.common.communication import Codec, Dense, Message, Tensors
+from edgebolt.common.federated.client import ClientCallback
+from edgebolt.common.federated.server import Server
+from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Visit
+
+__all__ = ["Aggregator", "Algorithm", "Configure", "Selector", "Uniform", "WeightedMean"]
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Chooses a round's cohort."""
+
+    def __call__(self, server: Server) -> np.ndarray:
+        """Client indices, shape ``[cohort]``; the cohort may be smaller than ``server.per_round``."""
+
+
+class Configure(Protocol):
+    """Changes the visits that were planned so far: settings, steps, batch sizes, lanes."""
+
+    def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
+        """The visits to go on with."""
+
+
+class Aggregator(Protocol):
+    """Merges updates into a model."""
+
+    def __call__(self, server: Server, model: Tensors, updates: list[tuple[Outcome, Tensors]]) -> Tensors:
+        """New tensors for the model; ``updates`` are sorted by client and never empty."""
+
+
+class Uniform:
+    """A uniform sample without replacement of the devices that are online (McMahan et al. 2017)."""
+
+    def __call__(self, server: Server) -> np.ndarray:
+        """Sorted client indices, shape ``[min(per_round, online)]``."""
+        online = server.online()
+        if len(online) <= server.per_round:
+            return online
+        return np.sort(server.rng("selection").choice(online, server.per_round, replace=False))
+
+
+class WeightedMean:
+    """``w + sum_i a_i delta_i`` per tensor, over the devices that sent it: FedAvg on differences.
+
+    Args:
+        weights: ``"samples"``: ``a_i`` proportional to the client's training samples (McMahan et al. 2017);
+            ``"uniform"``: equal.
+
+    Sums run in float32 or wider, in the order of client indices. A tensor that nobody sent keeps its value.
+    """
+
+    def __init__(self, weights: str = "samples") -> None:
+        if weights not in ("samples", "uniform"):
+            raise ValueError(f"weights={weights!r}: use 'samples' or 'uniform'.")
+        self.weights = weights
+
+    def __call__(self, server: Server, model: Tensors, updates: list[tuple[Outcome, Tensors]]) -> Tensors:
+        """The merged model."""
+        samples = server.reports["samples"]
+        shares = [float(samples[o.visit.client]) if self.weights == "samples" else 1.0 for o, _ in updates]
+        merged = {}
+        for name, tensor in model.items():
+            held = [
+                (share, update[name]) for share, (_, update) in zip(shares, updates, strict=True) if name in update
+            ]
+            total = sum(share for share, _ in held)
+            if not total:
+                merged[name] = tensor
+                continue
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            change = torch.zeros_like(tensor, dtype=wide)
+            for share, delta in held:
+                change.add_(delta.to(wide), alpha=share / total)
+            merged[name] = (tensor.to(wide) + change).to(tensor.dtype)
+        return merged
+
+
+class Algorithm:
+    """The server half of a federated algorithm, assembled of parts; override a method where a part is not enough.
+
+    Server code sees the :class:`~edgebolt.common.federated.Server` and messages, never a device. It keeps what it
+    learns in ``server.memory`` and ``server.reports``, which are checkpointed, and nothing in itself: the same
+    object may serve several runs. A part with a method ``observe(server, outcomes)`` is told of every round's end.
+
+    Args:
+        selector: who trains; default :class:`Uniform`.
+        configure: applied in turn to the planned visits.
+        aggregator: how updates are merged; default :class:`WeightedMean`.
+        down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`.
+        client: the device half: callbacks that install, train and upload.
+
+    Attributes:
+        carries_over: ``True``: updates may stay in flight past the round's end (asynchronous algorithms).
+
+    Example: the whole of federated averaging::
+
+        >>> fedavg = Algorithm(aggregator=WeightedMean("samples"))
+    """
+
+    carries_over: bool = False
+
+    def __init__(
+        self,
+        selector: Selector | None = None,
+        configure: Sequence[Configure] = (),
+        aggregator: Aggregator | None = None,
+        down: Codec | None = None,
+        up: Codec | None = None,
+        client: Sequence[ClientCallback] = (),
+    ) -> None:
+        self.selector: Selector = Uniform() if selector is None else selector
+        self.configure = list(configure)
+        self.aggregator: Aggregator = WeightedMean() if aggregator is None else aggregator
+        self.down: Codec = Dense() if down is None else down
+        self.up: Codec = Dense() if up is None else up
+        self.client = list(client)
+
+    @property
+    def parts(self) -> list[Any]:
+        """The server's parts, in the order in which they are told of a round's end."""
+        return [self.selector, *self.configure, self.aggregator]
+
+    def enrol(self, server: Server) -> list[Visit]:
+        """Visits before the first round, of 0 steps each: label histograms, structure vectors. Default: none."""
+        return []
+
+    def plan(self, server: Server) -> list[Visit]:
+        """All visits of the round. Pure: it reads the server and changes nothing."""
+        visits = [Visit(int(client), server.steps(int(client))) for client in self.selector(server)]
+        for configure in self.configure:
+            visits = configure(server, visits)
+        return visits
+
+    def download(self, server: Server, visit: Visit) -> Message:
+        """Encode what the device is sent; called only where ``visit.start`` names a model."""
+        assert visit.start is not None
+        start = visit.start
+        return server.once(start, lambda: self.down.encode(server.models[start]))
+
+    def aggregate(self, server: Server, closed: Closed) -> None:
+        """Merge the updates of a ``(lane, stage)`` at the simulated instant at which it closes."""
+        if closed.updates:
+            updates = [(update.outcome, self.up.decode(update.message)) for update in closed.updates]
+            server.models["global"] = self.aggregator(server, server.models["global"], updates)
+
+    def closing_time(self, server: Server, outcomes: list[Outcome]) -> float:
+        """When a stage closes, in simulated seconds; what finishes later is late. Default: when all have ended."""
+        return max(outcome.finished for outcome in outcomes)
+
+    def finish(self, server: Server, outcomes: list[Outcome]) -> None:
+        """Once a round, after its last aggregation, with all outcomes that closed in it, failures included."""
+        for part in self.parts:
+            if hasattr(part, "observe"):
+                part.observe(server, outcomes)
+
+    def evaluation(self, server: Server) -> list[Evaluation]:
+        """What is validated after the round; default: the global model on the Trainer's validation loader."""
+        return [Evaluation()]

@@ -1,0 +1,225 @@
+"""Whose samples are whose, and how a client's batches are made from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from edgebolt.common.federated.partition import ClientIndex, Partition
+
+__all__ = ["ClientData", "Clients", "OwnData", "PartitionedData"]
+
+Clients = Partition | Sequence[Any] | Callable[[int], Any]
+"""A partition of the loader's dataset, or each client's own dataset or loader: a sequence, or client -> one."""
+
+
+class ClientData(ABC):
+    """The training data of a population; the user's loader says how batches are made.
+
+    Attributes:
+        samples: training samples of each client, shape ``[population]``.
+    """
+
+    samples: np.ndarray
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.template = loader
+
+    @abstractmethod
+    def dataset(self, client: int, split: str) -> Dataset[Any]:
+        """One client's samples of a split."""
+
+    def template_of(self, client: int) -> DataLoader[Any]:
+        """The loader whose settings this client uses."""
+        return self.template
+
+    def steps_an_epoch(self, client: int, batch_size: int | None = None) -> int:
+        """Batches in one pass over the client's training samples."""
+        template = self.template_of(client)
+        size = batch_size or template.batch_size or 1
+        samples = int(self.samples[client])
+        return samples // size if template.drop_last else -(-samples // size)
+
+    def loader(self, client: int, split: str = "train", batch_size: int | None = None) -> DataLoader[Any]:
+        """A client's samples in their stored order, last incomplete batch included.
+
+        Raises:
+            ValueError: if the client has no sample in that split.
+        """
+        dataset = self.dataset(client, split)
+        if not len(dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"Client {client} has no {split!r} sample. Ask for such a split when the data are partitioned, "
+                f"as in Dirichlet(100, alpha=0.5, val=0.2, test=0.1), or give fewer clients more samples."
+            )
+        return _rebuilt(self.template_of(client), dataset, SequentialSampler(dataset), batch_size, drop_last=False)  # type: ignore[arg-type]
+
+    def batches(self, client: int, steps: int, batch_size: int | None, seed: int) -> Iterator[Any]:
+        """``steps`` training batches: passes over the samples, shuffled by ``seed`` if the user's loader shuffles.
+
+        The same batches as ``DataLoader(dataset, batch_size, generator=...)`` would give, pass after pass.
+        """
+        template = self.template_of(client)
+        dataset = self.dataset(client, "train")
+        generator = torch.Generator().manual_seed(seed)
+        sampler: Sampler[int] = (
+            RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
+            if isinstance(template.sampler, RandomSampler)
+            else SequentialSampler(dataset)  # type: ignore[arg-type]
+        )
+        loader = _rebuilt(template, dataset, sampler, batch_size, template.drop_last, generator)
+        passes: Callable[[], Iterator[Any]] = loader.__iter__
+        tensors = _plain_tensors(dataset) if template.collate_fn is default_collate and not loader.num_workers else None
+        if tensors is not None and not loader.pin_memory:
+            # Tensors in memory: index a batch at once, as default_collate would stack it, sample by sample.
+            passes = lambda: _indexed(tensors, loader.batch_sampler)  # noqa: E731
+        while steps > 0:
+            before = steps
+            for batch in passes():
+                yield batch
+                steps -= 1
+                if not steps:
+                    return
+            if steps == before:
+                raise ValueError(f"Client {client} has fewer samples than a batch and the loader drops the last one.")
+
+
+class PartitionedData(ClientData):
+    """The loader's own dataset, cut by a partition."""
+
+    def __init__(self, loader: DataLoader[Any], index: ClientIndex) -> None:
+        super().__init__(loader)
+        self.index = index
+        self.samples = index.sizes("train")
+
+    def dataset(self, client: int, split: str) -> Dataset[Any]:
+        """A view into the whole dataset."""
+        return Subset(self.template.dataset, self.index.indices(client, split))  # type: ignore[arg-type]
+
+
+class OwnData(ClientData):
+    """Every client brings a dataset or a loader of its own (natural clients, graphs)."""
+
+    def __init__(self, loader: DataLoader[Any], sources: Sequence[Any]) -> None:
+        super().__init__(loader)
+        self.sources = sources
+        self.samples = np.array([len(_dataset_of(source)) for source in sources], dtype=np.int64)
+
+    def dataset(self, client: int, split: str) -> Dataset[Any]:
+        """The client's own dataset; it has training samples only."""
+        dataset = _dataset_of(self.sources[client])
+        return dataset if split == "train" else Subset(dataset, [])
+
+    def template_of(self, client: int) -> DataLoader[Any]:
+        """The client's own loader, if it brought one."""
+        source = self.sources[client]
+        return source if isinstance(source, DataLoader) else self.template
+
+
+def make_client_data(clients: Clients, loader: DataLoader[Any], population: int | None) -> ClientData:
+    """Cut the loader's dataset, or ask every client for its own.
+
+    Raises:
+        ValueError: for an empty client, or a callable without a known population.
+    """
+    data: ClientData
+    if isinstance(clients, Partition):
+        data = PartitionedData(loader, clients.split(loader.dataset))
+    else:
+        if callable(clients):
+            if population is None:
+                raise ValueError("clients is a callable: say how many there are with fleet=Fleet.uniform(100), say.")
+            clients = [clients(client) for client in range(population)]
+        data = OwnData(loader, clients)
+    empty = np.flatnonzero(data.samples == 0)
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} clients have no training sample, the first is client {empty[0]}: "
+            "use fewer clients, or a partition with min_samples=1 or more."
+        )
+    return data
+
+
+def _dataset_of(source: Any) -> Any:
+    return source.dataset if isinstance(source, DataLoader) else source
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what cannot be cut by client, with the remedy.
+
+    Raises:
+        TypeError, ValueError: see the messages.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"The training loader is a {type(loader).__name__}; federated clients are cut from a DataLoader.")
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise TypeError(
+            "The training dataset has no length and cannot be cut by client: use a map-style dataset, "
+            "or give every client its own with clients=lambda client: dataset_of(client)."
+        )
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            "The training loader has a custom batch_sampler (or none), which cannot be cut by client: "
+            "use batch_size=..., or give every client its own loader with clients=lambda client: loader_of(client)."
+        )
+    if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        raise ValueError(
+            f"The training loader's sampler is a {type(loader.sampler).__name__}, which cannot be cut by client: "
+            "use shuffle=True or shuffle=False, or give every client its own dataset."
+        )
+
+
+def _rebuilt(
+    template: DataLoader[Any],
+    dataset: Dataset[Any],
+    sampler: Sampler[int],
+    batch_size: int | None,
+    drop_last: bool,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
+    """The user's loader over other samples: same collate function (so PyG works), workers and batch size."""
+    workers = template.num_workers
+    return DataLoader(
+        dataset,
+        batch_size=batch_size or template.batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        collate_fn=template.collate_fn,
+        num_workers=workers,
+        worker_init_fn=template.worker_init_fn,
+        multiprocessing_context=template.multiprocessing_context if workers else None,
+        prefetch_factor=template.prefetch_factor if workers else None,
+        pin_memory=template.pin_memory,
+        timeout=template.timeout,
+        generator=generator,
+    )
+
+
+def _plain_tensors(dataset: Dataset[Any]) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """The tensors behind a (subset of a) TensorDataset and the rows of it, if that is all there is."""
+    if isinstance(dataset, Subset) and type(dataset.dataset) is TensorDataset:
+        return list(dataset.dataset.tensors), torch.tensor(np.asarray(dataset.indices))
+    return None
+
+
+def _indexed(tensors: tuple[list[torch.Tensor], torch.Tensor], batch_sampler: Any) -> Iterator[list[torch.Tensor]]:
+    columns, rows = tensors
+    for batch in batch_sampler:
+        picked = rows[batch]
+        yield [column[picked] for column in columns]

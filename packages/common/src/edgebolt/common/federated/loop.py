@@ -1,0 +1,374 @@
+"""An event queue on simulated time: visits are dispatched, finish, close their stage, and are aggregated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from edgebolt.common.communication import Message
+from edgebolt.common.devices import Fleet
+from edgebolt.common.federated.algorithm import Algorithm
+from edgebolt.common.federated.serial import Serial
+from edgebolt.common.federated.server import Server
+from edgebolt.common.federated.visit import Closed, Outcome, Update, Visit
+
+__all__ = ["FederatedLoop"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Flight:
+    """The visits of one (lane, stage) that have been dispatched and not yet closed."""
+
+    stage: int
+    opened: float
+    arrivals: list[tuple[Outcome, Message | None]] = field(default_factory=list)
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return [outcome for outcome, _ in self.arrivals]
+
+
+class FederatedLoop:
+    """Runs rounds, one visit at a time, and keeps the books.
+
+    All visits of each idle lane's lowest stage are dispatched and run from the models of that instant; their
+    updates wait with their finish times. When nothing can be dispatched, the stage that closes earliest is
+    delivered: the clock advances, the algorithm aggregates, that lane's next stage may start. Plain federated
+    learning is one lane; groups with their own frequencies are a lane each; asynchronous slots are a lane each.
+
+    Args:
+        algorithm: the server half.
+        server: its state.
+        fleet: what devices can do in each round, and when they die.
+        devices: the engine that runs the device half.
+        visit_flops: visit -> FLOPs of one of its steps.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        server: Server,
+        fleet: Fleet,
+        devices: Serial,
+        visit_flops: Callable[[Visit], float],
+    ) -> None:
+        self.algorithm, self.server, self.fleet, self.devices = algorithm, server, fleet, devices
+        self.visit_flops = visit_flops
+        self.enrolled = self.running = False
+        self.visits: list[Visit] = []
+        self.waiting: dict[str, dict[int, list[int]]] = {}  # lane -> stage, ascending -> indices of visits
+        self.flights: dict[str, Flight] = {}
+        self.planned_steps = self.steps = 0  # of the round, before and after the Trainer's limit; cuts included
+        self.current: int | None = None
+        self.done = 0
+        self.sent_bytes = 0
+        self.outcomes: list[Outcome] = []
+        self.losses: list[float] = []
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.bytes_before = (0, 0)
+        self.energy_before = 0.0
+        self.history: list[dict[str, float]] = []
+
+    # ---------------------------------------------------------------------------------------------- the round
+
+    @property
+    def visit(self) -> Visit | None:
+        """The visit that is being trained."""
+        return None if self.current is None else self.visits[self.current]
+
+    @property
+    def opened(self) -> int:
+        """Visits of the round that have been opened so far."""
+        return len(self.visits) - sum(len(queue) for stages in self.waiting.values() for queue in stages.values())
+
+    def begin_round(self, limit: Callable[[int], int]) -> None:
+        """Plan a round, unless one is running. ``limit``: planned steps -> steps that will be run."""
+        if self.running:
+            return
+        if not self.enrolled:
+            self._enrol()
+        planned = [self._checked(visit) for visit in self.algorithm.plan(self.server)]
+        self.planned_steps = sum(visit.trained_steps for visit in planned)
+        self.visits = _clip(planned, self.planned_steps, limit(self.planned_steps))
+        self.steps = sum(visit.trained_steps for visit in self.visits)
+        self.waiting = _queued(self.visits)
+        self.outcomes, self.losses, self.running = [], [], True
+
+    def advance(self) -> None:
+        """Run events until a visit needs a batch or the round is over."""
+        while self.running:
+            visit = self.visit
+            if visit is not None:
+                if self.done < visit.trained_steps:
+                    return
+                self._close(visit)
+            elif (index := self._next()) is not None:
+                if self.visits[index].trained_steps:
+                    return
+                self.open(index)
+            elif self.flights and (self.waiting or not self.algorithm.carries_over):
+                self._deliver()
+            else:
+                self._finish()
+
+    def open_next(self) -> Visit:
+        """Open the visit that needs a batch next (or go on with the open one) and return it."""
+        self.advance()
+        if self.current is None:
+            index = self._next()
+            assert index is not None
+            self.open(index)
+        elif self.devices.parked is not None:
+            self.devices.unpark(self.visits[self.current], self.server.round)
+        return self.visits[self.current]  # type: ignore[index]  # open() has set it
+
+    def step_done(self, loss: torch.Tensor | None) -> None:
+        """Book one trained step."""
+        self.done += 1
+        if loss is not None:
+            self.loss_sum += loss.detach()
+
+    def _next(self) -> int | None:
+        """A waiting visit of a lane's lowest stage, if the lane is idle or runs that very stage."""
+        for lane, stages in self.waiting.items():
+            stage = next(iter(stages))
+            if lane not in self.flights or self.flights[lane].stage == stage:
+                return stages[stage][0]
+        return None
+
+    def open(self, index: int) -> None:
+        """Send the order and the model; the device installs them."""
+        visit, server = self.visits[index], self.server
+        stages = self.waiting[visit.lane]
+        stages[visit.stage].remove(index)
+        if not stages[visit.stage]:
+            del stages[visit.stage]
+        if not stages:
+            del self.waiting[visit.lane]
+        flight = self.flights.setdefault(visit.lane, Flight(visit.stage, server.now))
+        message = Message({}, {})
+        if visit.start is not None:
+            if visit.start not in server.models:
+                raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
+            message = self.algorithm.download(server, visit)
+        message = message.with_header(visit=visit.order())
+        self.sent_bytes = message.nbytes
+        server.ledger.add(
+            round=server.round, client=visit.client, direction="down", nbytes=self.sent_bytes, time=flight.opened
+        )
+        self.current, self.done = index, 0
+        self.loss_sum.zero_()
+        self.devices.open(visit, message, server.round)
+
+    def _close(self, visit: Visit) -> None:
+        server, flight = self.server, self.flights[visit.lane]
+        profile = self.fleet.profile(visit.client, server.round)
+        flops = self.visit_flops(visit) * self.done if self.done else 0.0
+        message = self.devices.close(visit)
+        down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
+        up_bytes, up, reason = 0, 0.0, "failed"
+        if message is not None:
+            up_bytes = message.nbytes
+            up = profile.upload_seconds(up_bytes)
+            reason = "" if message.is_finite() else "non-finite"
+            if reason:
+                log.warning("Round %d: the update of client %d has NaN or infinity; dropped.", server.round, visit.client)
+        finished = flight.opened + down + compute + up
+        if message is not None:
+            server.ledger.add(
+                round=server.round, client=visit.client, direction="up", nbytes=up_bytes, time=finished,
+                delivered=not reason,
+            )  # fmt: skip
+        outcome = Outcome(
+            visit=visit,
+            steps=self.done,
+            delivered=not reason,
+            reason=reason,
+            started=flight.opened,
+            finished=finished,
+            down_seconds=down,
+            compute_seconds=compute,
+            up_seconds=up,
+            down_bytes=self.sent_bytes,
+            up_bytes=up_bytes,
+            energy=profile.energy_joules(compute, down + up),
+            report={} if message is None else dict(message.header["report"]),
+        )
+        flight.arrivals.append((outcome, message if outcome.delivered else None))
+        if self.done:
+            self.losses.append(float(self.loss_sum) / self.done)
+        self.current = None
+
+    def _deliver(self) -> None:
+        """Close the stage that closes earliest: advance the clock, book what arrived, aggregate."""
+        server = self.server
+        closing = {lane: self.algorithm.closing_time(server, f.outcomes) for lane, f in self.flights.items()}
+        lane = min(closing, key=lambda lane: (closing[lane], lane))
+        flight = self.flights.pop(lane)
+        server.clock.advance_to(max(server.now, closing[lane]))
+        arrivals = [(self._booked(outcome, closing[lane]), message) for outcome, message in flight.arrivals]
+        arrivals.sort(key=lambda arrival: arrival[0].visit.client)
+        updates = [Update(outcome, message) for outcome, message in arrivals if outcome.delivered and message]
+        outcomes = [outcome for outcome, _ in arrivals]
+        for outcome in outcomes:
+            server.clock.spend(outcome.energy)
+        self.algorithm.aggregate(server, Closed(lane, flight.stage, updates, outcomes))
+        server.forget_shared()
+        self.outcomes += outcomes
+
+    def _booked(self, outcome: Outcome, closing: float) -> Outcome:
+        if outcome.delivered and outcome.finished > closing:
+            outcome = replace(outcome, delivered=False, reason="late")
+        outcome = replace(outcome, waited=max(0.0, closing - outcome.finished))
+        reports, client = self.server.reports, outcome.visit.client
+        reports["visits"][client] += 1
+        if outcome.delivered:
+            reports["last_round"][client] = self.server.round
+            if outcome.steps:
+                reports["step_seconds"][client] = outcome.compute_seconds / outcome.steps
+            if outcome.down_seconds:
+                reports["down_bps"][client] = 8 * outcome.down_bytes / outcome.down_seconds
+            if outcome.up_seconds:
+                reports["up_bps"][client] = 8 * outcome.up_bytes / outcome.up_seconds
+            self.server.record(client, outcome.report)
+        return outcome
+
+    def _finish(self) -> None:
+        self.algorithm.finish(self.server, self.outcomes)
+        self.server.forget_shared()
+        self.devices.put(self.server.models["global"])
+        self.history.append(self._summary())
+        self.server.round += 1
+        self.running = False
+
+    def _summary(self) -> dict[str, float]:
+        """What is logged of a round: exact floats and ints."""
+        server, ledger, outcomes = self.server, self.server.ledger, self.outcomes
+        losses = torch.tensor(self.losses, dtype=torch.float64).sort().values  # sorted: any order, same sum
+        summary: dict[str, float] = {
+            "round": server.round,
+            "round/sim_time": server.now,
+            "round/bytes_up": ledger.up_bytes - self.bytes_before[0],
+            "round/bytes_down": ledger.down_bytes - self.bytes_before[1],
+            "round/energy": server.clock.energy_joules - self.energy_before,
+            "round/visits": len(outcomes),
+            "round/delivered": sum(outcome.delivered for outcome in outcomes),
+            "round/failed": sum(outcome.reason == "failed" for outcome in outcomes),
+            "round/late": sum(outcome.reason == "late" for outcome in outcomes),
+            "round/rejected": sum(outcome.reason == "non-finite" for outcome in outcomes),
+            "round/waiting_time": sum(sorted(o.waited for o in outcomes)) / max(1, len(outcomes)),
+        }
+        if len(losses):
+            summary["client/train_loss"] = float(losses.mean())
+            summary["client/train_loss_std"] = float(losses.std(correction=0))
+        self.bytes_before = (ledger.up_bytes, ledger.down_bytes)
+        self.energy_before = server.clock.energy_joules
+        return summary
+
+    def _enrol(self) -> None:
+        """Visits before the first round: they train nothing, so they need no batch."""
+        visits = [self._checked(visit, dies=False) for visit in self.algorithm.enrol(self.server)]
+        for visit in visits:
+            if visit.steps:
+                raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; train a probe in the first round.")
+        self.visits, self.waiting = visits, _queued(visits)
+        while (index := self._next()) is not None or self.flights:
+            if index is None:
+                self._deliver()
+                continue
+            self.open(index)
+            self._close(visits[index])
+        self.enrolled = True
+
+    def _checked(self, visit: Visit, dies: bool = True) -> Visit:
+        if visit.client >= self.server.population:
+            raise ValueError(f"{visit}: the population has {self.server.population} clients, 0 to one less.")
+        if not dies:
+            return visit
+        cut = self.fleet.cut(visit.client, visit.steps, self.server.round, visit.stage)
+        return replace(visit, cut=cut)
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in tensors and built-ins."""
+        return {
+            "server": self.server.state_dict(),
+            "devices": self.devices.state_dict(),
+            "enrolled": self.enrolled,
+            "running": self.running,
+            "visits": [asdict(visit) for visit in self.visits],
+            "waiting": {lane: {s: list(v) for s, v in stages.items()} for lane, stages in self.waiting.items()},
+            "flights": {lane: _plain_flight(flight) for lane, flight in self.flights.items()},
+            "planned_steps": self.planned_steps,
+            "steps": self.steps,
+            "current": self.current,
+            "done": self.done,
+            "sent_bytes": self.sent_bytes,
+            "outcomes": [outcome.to_plain() for outcome in self.outcomes],
+            "losses": list(self.losses),
+            "loss_sum": self.loss_sum.clone(),
+            "bytes_before": self.bytes_before,
+            "energy_before": self.energy_before,
+            "history": [dict(row) for row in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.server.load_state_dict(state["server"])
+        self.devices.load_state_dict(state["devices"])
+        self.enrolled, self.running = state["enrolled"], state["running"]
+        self.visits = [Visit(**visit) for visit in state["visits"]]
+        self.waiting = state["waiting"]
+        self.flights = {lane: _flight(flight) for lane, flight in state["flights"].items()}
+        self.planned_steps, self.steps = state["planned_steps"], state["steps"]
+        self.current, self.done, self.sent_bytes = state["current"], state["done"], state["sent_bytes"]
+        self.outcomes = [Outcome.from_plain(outcome) for outcome in state["outcomes"]]
+        self.losses, self.loss_sum = list(state["losses"]), state["loss_sum"]
+        self.bytes_before, self.energy_before = tuple(state["bytes_before"]), state["energy_before"]
+        self.history = list(state["history"])
+
+
+def _queued(visits: list[Visit]) -> dict[str, dict[int, list[int]]]:
+    queue: dict[str, dict[int, list[int]]] = {}
+    for index in sorted(range(len(visits)), key=lambda index: visits[index].stage):
+        visit = visits[index]
+        queue.setdefault(visit.lane, {}).setdefault(visit.stage, []).append(index)
+    return queue
+
+
+def _clip(visits: list[Visit], total: int, limit: int) -> list[Visit]:
+    """Clip the plan to a number of steps, or a limited Trainer would never reach the round's aggregation."""
+    if limit >= total:
+        return visits
+    clipped = []
+    for visit in visits:
+        steps = min(visit.trained_steps, limit)
+        if steps == visit.trained_steps:
+            clipped.append(visit)
+        elif steps:
+            clipped.append(replace(visit, steps=steps, cut=None))
+        limit -= steps
+    return clipped
+
+
+def _plain_flight(flight: Flight) -> dict[str, Any]:
+    arrivals = [
+        (outcome.to_plain(), None if message is None else (dict(message.tensors), dict(message.header)))
+        for outcome, message in flight.arrivals
+    ]
+    return {"stage": flight.stage, "opened": flight.opened, "arrivals": arrivals}
+
+
+def _flight(plain: dict[str, Any]) -> Flight:
+    arrivals = [
+        (Outcome.from_plain(outcome), None if message is None else Message(*message))
+        for outcome, message in plain["arrivals"]
+    ]
+    return Flight(plain["stage"], plain["opened"], arrivals)

@@ -1,0 +1,79 @@
+"""The strategy's own callback: books steps, closes rounds, logs them, labels the progress bar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+if TYPE_CHECKING:
+    from edgebolt.common.federated.strategy import FederatedStrategy
+
+__all__ = ["RoundHooks"]
+
+
+class RoundHooks(Callback):
+    """Stands between the device half's callbacks and the user's.
+
+    Validation of an epoch runs at its last batch, before ``on_train_epoch_end``, so the round is closed and
+    aggregated in ``on_train_batch_end``.
+    """
+
+    def __init__(self, strategy: FederatedStrategy) -> None:
+        self._strategy = strategy
+        self._labelled: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Label whatever progress bar there is."""
+        bar = trainer.progress_bar_callback
+        if bar is None or bar is self._labelled:
+            return
+        self._labelled, plain = bar, bar.get_metrics
+
+        def get_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+            return {**self._position(), **plain(trainer, pl_module)}
+
+        bar.get_metrics = get_metrics  # type: ignore[method-assign]
+
+    def _position(self) -> dict[str, str]:
+        loop = self._strategy.loop
+        if loop is None or not loop.visits:
+            return {}
+        position = {"round": str(loop.server.round if loop.running else loop.server.round - 1)}
+        return {**position, "visit": f"{loop.opened}/{len(loop.visits)}", "sim_time": f"{loop.server.now:.0f}s"}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Book the step; on the round's last one, aggregate, so that validation sees the new global model."""
+        loop = self._strategy.loop
+        assert loop is not None
+        if loop.steps:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            loop.step_done(loss if isinstance(loss, torch.Tensor) else None)
+        loop.advance()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the round's figures: float64, so that bytes stay exact in the logger."""
+        loop = self._strategy.loop
+        assert loop is not None
+        if loop.running or not loop.history:
+            return  # max_steps or max_time ended the epoch in mid-round
+        row = {name: torch.tensor(value, dtype=torch.float64) for name, value in loop.history[-1].items()}
+        del row["round"]
+        pl_module.log_dict(row, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stopped in mid-round: the module shows the global model."""
+        self._park()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Interrupted: the module shows the global model."""
+        self._park()
+
+    def _park(self) -> None:
+        loop = self._strategy.loop
+        if loop is not None and "global" in loop.server.models:
+            loop.devices.park(loop.server.models["global"])

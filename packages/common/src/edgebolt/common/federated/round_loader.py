@@ -1,0 +1,82 @@
+"""The loaders that Lightning sees: one epoch of them is one round, or one round's validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from edgebolt.common.federated.client_data import ClientData
+from edgebolt.common.random import derive
+
+if TYPE_CHECKING:
+    from edgebolt.common.federated.loop import FederatedLoop
+    from edgebolt.common.federated.visit import Evaluation
+
+__all__ = ["EvaluationLoader", "RoundLoader"]
+
+
+class RoundLoader:
+    """All batches of a round, visit after visit. Its length is fixed when the round is planned.
+
+    Lightning does not prefetch from a sized loader, so the code between two ``yield`` runs exactly between two
+    steps: that is where a visit is opened.
+
+    Args:
+        loop: the running round.
+        data: the clients' batches.
+        steps: steps planned, before the Trainer's own limit.
+        idle: a batch for a round in which nobody trains; without it the whole fit would end.
+    """
+
+    def __init__(self, loop: FederatedLoop, data: ClientData, steps: int, idle: Callable[[], Any]) -> None:
+        self.loop, self.data, self.steps, self.idle = loop, data, steps, idle
+
+    def __len__(self) -> int:
+        return max(1, self.steps)
+
+    def __iter__(self) -> Iterator[Any]:
+        loop = self.loop
+        if not loop.steps:
+            yield self.idle()
+            return
+        while loop.running:
+            visit = loop.open_next()
+            if not loop.running:
+                return
+            done, server = loop.done, loop.server
+            seed = derive(server.seed, "data", server.round, visit.stage, visit.client)
+            batches = self.data.batches(visit.client, visit.trained_steps, visit.batch_size, seed)
+            for step in range(visit.trained_steps):
+                loop.devices.seed_step(step)
+                batch = next(batches)
+                if step >= done:  # a resumed visit draws its former batches again and drops them
+                    yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the loop's own state knows the position. Its presence tells Lightning that resuming is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class EvaluationLoader:
+    """The validation batches of several (model, client) pairs, with their tensors put in place in between.
+
+    Args:
+        loop: for its server models and devices.
+        evaluations: the pairs.
+        loaders: the validation loader of each pair.
+    """
+
+    def __init__(self, loop: FederatedLoop, evaluations: list[Evaluation], loaders: list[Any]) -> None:
+        self.loop, self.evaluations, self.loaders = loop, evaluations, loaders
+
+    def __len__(self) -> int:
+        return sum(len(loader) for loader in self.loaders)
+
+    def __iter__(self) -> Iterator[Any]:
+        for evaluation, loader in zip(self.evaluations, self.loaders, strict=True):
+            model = self.loop.server.models[evaluation.model]
+            self.loop.devices.show(evaluation.model, model, evaluation.client)
+            yield from loader

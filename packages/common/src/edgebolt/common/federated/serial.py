@@ -1,0 +1,182 @@
+"""The default engine: visits run one after the other, in this process, on the Trainer's own module."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgebolt.common.communication import Message, Tensors
+from edgebolt.common.federated.algorithm import Algorithm
+from edgebolt.common.federated.client import ClientCallback
+from edgebolt.common.federated.device import Device
+from edgebolt.common.federated.visit import Visit
+from edgebolt.common.random import derive
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+__all__ = ["Serial"]
+
+
+class Serial:
+    """Opens and closes visits: tensors in, optimizer emptied, callbacks called, difference out.
+
+    Between visits the module holds the global model. A visit's randomness is a function of (run seed, round,
+    stage, client, step), set before each batch is fetched, so that it depends neither on the order of execution
+    nor on where a run was resumed, and no random state needs saving.
+
+    Args:
+        trainer, module: of the running fit.
+        algorithm: for its codecs.
+        callbacks: the device half, in order.
+        make_device: client -> :class:`Device` with the given memory.
+        seed: the run's seed.
+
+    Attributes:
+        memories: client -> what the device remembers. Only device code may touch it.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        algorithm: Algorithm,
+        callbacks: list[ClientCallback],
+        make_device: Callable[[int, dict[str, Any]], Device],
+        seed: int,
+    ) -> None:
+        self.trainer, self.module, self.algorithm, self.callbacks = trainer, module, algorithm, callbacks
+        self.make_device, self.seed = make_device, seed
+        self.memories: dict[int, dict[str, Any]] = {}
+        self.device: Device | None = None
+        self.start: Tensors = {}
+        self.parked: dict[str, Any] | None = None
+        self._step_seed = 0
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        persistent = module.state_dict().keys()
+        buffers = {name: b for name, b in module.named_buffers() if name in persistent}
+        self.places: Tensors = {**trained, **{n: b for n, b in buffers.items() if b.is_floating_point()}}
+        self.counters = {name: (b, b.clone()) for name, b in buffers.items() if not b.is_floating_point()}
+        self.initial = self.tensors()  # what every device has from the beginning
+
+    def tensors(self) -> Tensors:
+        """A copy of what is federated: trainable parameters and floating buffers, as they are now."""
+        return {name: place.detach().clone() for name, place in self.places.items()}
+
+    def put(self, tensors: Tensors) -> None:
+        """Write tensors into the module; a parameter of another shape stays the same object with new data."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                place = self.places[name]
+                if place.shape == tensor.shape:
+                    place.copy_(tensor)
+                else:
+                    place.grad, place.data = None, tensor.detach().to(place, copy=True)
+            for counter, value in self.counters.values():
+                counter.copy_(value)
+
+    def open(self, visit: Visit, message: Message, round: int) -> None:
+        """The device receives the message, installs it and gets ready to train."""
+        memory = self.memories.setdefault(visit.client, {})
+        self.device = self.make_device(visit.client, memory)
+        tensors = {} if visit.start is None else self.algorithm.down.decode(message, memory)
+        for callback in self.callbacks:
+            tensors = callback.install(self.device, visit, tensors)
+        unknown = tensors.keys() - self.places.keys()
+        if unknown:
+            raise KeyError(f"install() returned tensors that the module does not train: {sorted(unknown)}.")
+        self.start = {**self.initial, **tensors}
+        self.put(self.start)
+        self._begin(visit, round)
+
+    def _begin(self, visit: Visit, round: int) -> None:
+        assert self.device is not None
+        self._step_seed = derive(self.seed, "visit", round, visit.stage, visit.client)
+        self.seed_step(0)
+        if self.trainer.optimizers:
+            self.trainer.optimizers[0].state.clear()
+        for callback in self.callbacks:
+            callback.on_client_start(self.trainer, self.module, self.device, visit)
+
+    def seed_step(self, step: int) -> None:
+        """Set the global random states for one step; a few microseconds."""
+        seed = (self._step_seed + step) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def close(self, visit: Visit) -> Message | None:
+        """The device's answer, or None if it died; either way the optimizer is emptied."""
+        assert self.device is not None
+        message = None
+        if visit.cut is None:
+            report: dict[str, Any] = {}
+            for callback in self.callbacks:
+                report.update(callback.on_client_end(self.trainer, self.module, self.device, visit) or {})
+            with torch.no_grad():
+                update = {name: self.places[name].detach() - start for name, start in self.start.items()}
+            for callback in reversed(self.callbacks):
+                update = callback.upload(self.device, visit, update)
+            message = self.algorithm.up.encode(update).with_header(client=visit.client, report=report)
+        if self.trainer.optimizers:
+            self.trainer.optimizers[0].state.clear()
+        self.device, self.start = None, {}
+        return message
+
+    def show(self, model: str, tensors: Tensors, client: int | None) -> None:
+        """Put a model in place for evaluation, with what a client's device half would install; leaves no trace."""
+        if client is not None:
+            device = self.make_device(client, dict(self.memories.get(client, {})))
+            for callback in self.callbacks:
+                tensors = callback.install(device, Visit(client, 0, start=model), tensors)
+        self.put({**self.initial, **tensors})
+
+    def park(self, shown: Tensors) -> None:
+        """Keep an open visit's weights and moments aside and show the given (global) weights instead."""
+        if self.device is not None and self.parked is None:
+            self.parked = self._local()
+            self.put(shown)
+
+    def _local(self) -> dict[str, Any]:
+        return {
+            "tensors": {**self.tensors(), **{name: counter.clone() for name, (counter, _) in self.counters.items()}},
+            "moments": dict(self.trainer.optimizers[0].state),
+        }
+
+    def unpark(self, visit: Visit, round: int) -> None:
+        """Go on with the open visit: as at its start, then with the weights and moments that it had reached."""
+        assert self.parked is not None
+        local, self.parked = self.parked, None
+        self.device = self.make_device(visit.client, self.memories.setdefault(visit.client, {}))
+        self.put(self.start)
+        self._begin(visit, round)
+        self.put({name: tensor for name, tensor in local["tensors"].items() if name in self.places})
+        for name, (counter, _) in self.counters.items():
+            counter.copy_(local["tensors"][name])
+        state = self.trainer.optimizers[0].state
+        state.clear()
+        state.update(local["moments"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Device memories and the open visit; the moments travel with the optimizer's own state."""
+        local = self.parked or (self._local() if self.device is not None else None)
+        return {
+            "memories": self.memories,
+            "initial": self.initial,
+            "start": self.start,
+            "local": None if local is None else local["tensors"],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; call it once the optimizer's state is loaded."""
+        self.memories, self.initial, self.start = state["memories"], state["initial"], state["start"]
+        self.device = None
+        self.parked = None
+        if state["local"] is not None:
+            self.parked = {"tensors": state["local"], "moments": dict(self.trainer.optimizers[0].state)}

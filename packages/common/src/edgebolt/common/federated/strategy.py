@@ -1,0 +1,380 @@
+"""The Lightning face: one epoch of ``Trainer.fit`` is one federated round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from edgebolt.common.communication import TrafficLedger
+from edgebolt.common.devices import Clock, CostModel, Fleet
+from edgebolt.common.federated.algorithm import Algorithm
+from edgebolt.common.federated.checks import check_optimizers, check_trainable, check_trainer
+from edgebolt.common.federated.client import ClientCallback
+from edgebolt.common.federated.client_data import ClientData, Clients, check_loader, make_client_data
+from edgebolt.common.federated.device import Device
+from edgebolt.common.federated.loop import FederatedLoop
+from edgebolt.common.federated.partition import IID
+from edgebolt.common.federated.round_hooks import RoundHooks
+from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
+from edgebolt.common.federated.serial import Serial
+from edgebolt.common.federated.server import Server
+from edgebolt.common.federated.visit import Evaluation, Visit
+
+__all__ = ["FederatedStrategy"]
+
+_KEY = "federated"
+
+
+class FederatedStrategy(SingleDeviceStrategy):
+    """Trains a ``LightningModule`` federatedly, in an ordinary ``Trainer``: one epoch is one communication round.
+
+    Progress bar, loggers, ``EarlyStopping``, ``ModelCheckpoint``, precision and ``ckpt_path=`` keep working and
+    count rounds. Clients are simulated one after the other on the module itself; simulated seconds come from the
+    fleet and the counted FLOPs, bytes from encoded messages.
+
+    Args:
+        algorithm: what is done in a round.
+        clients: a partition of the training loader's dataset, or each client's own dataset or loader (a sequence,
+            or a callable client -> dataset; a callable needs ``fleet`` to say how many there are).
+        per_round: size of a cohort; ``None``: everybody.
+        local_epochs: passes over a client's samples in a visit. Default 1.
+        local_steps: instead: optimizer steps in a visit.
+        fleet: one device per client; ``None``: equal devices that never fail.
+        cost: FLOPs of a step.
+        seed: of everything that is drawn here: cohorts, shuffling, dropout. The partition and the fleet have
+            their own.
+        accelerator, checkpoint_io, precision_plugin: as in any Lightning strategy; usually set by the ``Trainer``.
+
+    Attributes:
+        clock: simulated time; ``clock.now`` in seconds.
+        ledger: every message; ``ledger.total_bytes``, ``up_bytes``, ``down_bytes``, exact.
+        server: the server's state, once ``fit`` has begun.
+        history: a dict of exact figures per finished round.
+
+    Raises:
+        ValueError, TypeError: for arguments, loaders, modules and Trainer arguments that cannot be federated; each
+            message names the way out.
+
+    Example::
+
+        >>> import lightning as L
+        >>> from edgebolt.common.federated import FedAvg, FederatedStrategy, IID
+        >>> strategy = FederatedStrategy(FedAvg(), clients=IID(20), per_round=5)
+        >>> trainer = L.Trainer(max_epochs=3, strategy=strategy, accelerator="cpu", logger=False,
+        ...                     enable_checkpointing=False)
+    """
+
+    strategy_name = "federated"
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        clients: Clients | None = None,
+        per_round: int | None = None,
+        local_epochs: int | None = None,
+        local_steps: int | None = None,
+        fleet: Fleet | None = None,
+        cost: CostModel | None = None,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        if not isinstance(algorithm, Algorithm):
+            raise TypeError(f"algorithm={algorithm!r}: pass an Algorithm such as FedAvg().")
+        for name, value in {"per_round": per_round, "local_epochs": local_epochs, "local_steps": local_steps}.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: use a whole number of 1 or more.")
+        if local_epochs is not None and local_steps is not None:
+            raise ValueError(f"local_epochs={local_epochs} and local_steps={local_steps}: give one of them.")
+        self.algorithm = algorithm
+        self.clients: Clients = IID(10) if clients is None else clients
+        self.per_round, self.local_epochs, self.local_steps = per_round, local_epochs or 1, local_steps
+        self.fleet, self.cost, self.seed = fleet, cost or CostModel(), seed
+        self.parallel_devices: list[torch.device] | None = None  # set by the Trainer's accelerator
+        self.clock, self.ledger = Clock(), TrafficLedger()
+        self.loop: FederatedLoop | None = None
+        self._data: ClientData | None = None
+        self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
+        self._nominal: Any = None
+        self._hooks = RoundHooks(self)
+        self._callbacks: list[ClientCallback] = []
+
+    def __repr__(self) -> str:
+        """Names the import that a foreign Trainer, which prints this, is missing."""
+        return (
+            f"{type(self).__name__}({type(self.algorithm).__name__}) [needs a lightning Trainer: "
+            "`import lightning as L; L.Trainer(strategy=...)`]"
+        )
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    @property
+    def root_device(self) -> torch.device:
+        """The one device that the accelerator chose."""
+        return self.parallel_devices[0] if self.parallel_devices else torch.device("cpu")
+
+    @property
+    def server(self) -> Server:
+        """The server's state.
+
+        Raises:
+            RuntimeError: before ``fit``.
+        """
+        return self._running.server
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Exact figures of each finished round."""
+        return [] if self.loop is None else self.loop.history
+
+    @property
+    def _running(self) -> FederatedLoop:
+        if self.loop is None:
+            raise RuntimeError("The server exists once Trainer.fit has begun.")
+        return self.loop
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def setup_environment(self) -> None:
+        """Refuse what cannot work and take our place among the callbacks, before any of their hooks runs."""
+        super().setup_environment()
+        trainer = self._trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_trainer(trainer)
+        ours = [self._hooks, *self.algorithm.client]
+        theirs = [callback for callback in trainer.callbacks if not any(callback is mine for mine in ours)]
+        self._callbacks = [
+            *self.algorithm.client,
+            *(callback for callback in theirs if isinstance(callback, ClientCallback)),
+        ]
+        # The device half first, so that its hooks run while the visit is open; then the round's own, which close it;
+        # then the user's, which see the aggregated model.
+        others = [callback for callback in theirs if not isinstance(callback, ClientCallback)]
+        trainer.callbacks[:] = [*self._callbacks, self._hooks, *others]
+        # Without this, rounds of different length would be cut or cycled at the first round's length.
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Begin afresh; a checkpoint, if there is one, is loaded after this."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
+            check_trainable(self.lightning_module)
+            self.loop = self._data = self._saved = None
+            self.clock, self.ledger, self._nominal = Clock(), TrafficLedger(), None
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Create the module's one optimizer; its state is swapped at each visit, its groups stay."""
+        super().setup_optimizers(trainer)
+        assert self.lightning_module is not None
+        check_optimizers(self.lightning_module, self.optimizers)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """While training, the user's loader becomes this round's; otherwise it passes through."""
+        trainer = self._trainer
+        if trainer.training:
+            check_loader(dataloader)
+            assert isinstance(dataloader, DataLoader)
+            return self._round_loader(dataloader)
+        if trainer.validating and trainer.state.fn == TrainerFn.FITTING and self.loop is not None:
+            evaluations = self.algorithm.evaluation(self.server)
+            if evaluations != [Evaluation()]:
+                return self._evaluation_loader(evaluations, dataloader)
+        return dataloader
+
+    def _round_loader(self, loader: DataLoader[Any]) -> RoundLoader:
+        if self.loop is None:
+            self.loop = self._begin(loader)
+            if self._saved is not None:
+                self.loop.load_state_dict(self._saved)
+                self._saved = None
+        limit = self._trainer.limit_train_batches
+        clip = (lambda total: min(total, limit)) if isinstance(limit, int) else (lambda total: int(total * limit))
+        self.loop.begin_round(clip)
+        return RoundLoader(self.loop, self._client_data, self.loop.planned_steps, self._nominal_batch)
+
+    def _evaluation_loader(self, evaluations: list[Evaluation], default: Any) -> EvaluationLoader:
+        loaders = [
+            default if evaluation.client is None else self._client_data.loader(evaluation.client, "val")
+            for evaluation in evaluations
+        ]
+        return EvaluationLoader(self._running, evaluations, loaders)
+
+    def _begin(self, loader: DataLoader[Any]) -> FederatedLoop:
+        module = self.lightning_module
+        assert module is not None
+        data = make_client_data(self.clients, loader, None if self.fleet is None else len(self.fleet))
+        population = len(data.samples)
+        fleet = Fleet.uniform(population) if self.fleet is None else self.fleet
+        if len(fleet) != population:
+            raise ValueError(f"fleet has {len(fleet)} devices and there are {population} clients: one device each.")
+        per_round = population if self.per_round is None else self.per_round
+        if per_round > population:
+            raise ValueError(f"per_round={per_round} is more than the {population} clients there are.")
+        self._data = data
+
+        def steps_of(client: int, batch_size: int | None) -> int:
+            return self.local_steps or self.local_epochs * data.steps_an_epoch(client, batch_size)
+
+        def make_device(client: int, memory: dict[str, Any]) -> Device:
+            return Device(
+                client,
+                memory,
+                samples=int(data.samples[client]),
+                profile=fleet.profile(client, server.round),
+                loader=lambda split, batch_size: data.loader(client, split, batch_size),
+                to_device=self._to_device,
+                seed=self.seed,
+                round=server.round,
+            )
+
+        server = Server(
+            data.samples,
+            steps_of=steps_of,
+            online=lambda round: fleet.at(round).online,
+            per_round=per_round,
+            seed=self.seed,
+            clock=self.clock,
+            ledger=self.ledger,
+        )
+        devices = Serial(self._trainer, module, self.algorithm, self._callbacks, make_device, self.seed)
+        server.models["global"] = dict(devices.initial)
+        return FederatedLoop(self.algorithm, server, fleet, devices, self._visit_flops)
+
+    @property
+    def _client_data(self) -> ClientData:
+        assert self._data is not None
+        return self._data
+
+    # --------------------------------------------------------------------------------------------- the steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, but for the idle batch of a round in which nobody trains."""
+        return super().training_step(*args, **kwargs) if self._running.steps else None
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One local step, with the values that the visit sets for the optimizer's groups."""
+        visit = self._running.visit
+        if visit is None:
+            return closure()  # the idle batch
+        if not visit.optimizer:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        before = [{name: group[name] for name in visit.optimizer} for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group.update(visit.optimizer)
+        try:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            for group, values in zip(optimizer.param_groups, before, strict=True):
+                group.update(values)
+
+    def on_validation_end(self) -> None:
+        """After per-client evaluation, put the global model back."""
+        super().on_validation_end()
+        if self.loop is not None and self.loop.visit is None:
+            self.loop.devices.put(self.server.models["global"])
+
+    def _to_device(self, batch: Any) -> Any:
+        return self.batch_to_device(self.precision_plugin.convert_input(batch))
+
+    def _nominal_batch(self) -> Any:
+        """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
+        return next(iter(self._client_data.loader(0)))
+
+    def _visit_flops(self, visit: Visit) -> float:
+        """FLOPs of one step of the visit: those of a sample at the nominal shape, times the batch size."""
+        module, data = self.lightning_module, self._client_data
+        assert module is not None
+        if self._nominal is None:
+            self._nominal = self._to_device(self._nominal_batch())
+        nominal_size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
+        size = visit.batch_size or data.template_of(visit.client).batch_size or 1
+        with self.precision_plugin.train_step_context():
+            return size * self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The global model, in mid-round too."""
+        state = super().lightning_module_state_dict()
+        if self.loop is None:
+            return state
+        assert self.lightning_module is not None
+        state.update({name: value for name, (_, value) in self.loop.devices.counters.items()})
+        canonical = {id(p): name for name, p in self.lightning_module.named_parameters()}
+        for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
+            shared = canonical[id(parameter)]  # tied weights appear under each of their names
+            if shared in self.server.models["global"]:
+                state[name] = self.server.models["global"][shared]
+        state.update({name: t for name, t in self.server.models["global"].items() if name in state})
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's own state and the run's: server, devices, clock, ledger and the open round."""
+        state = dict(super().optimizer_state(optimizer))
+        if self.loop is None:
+            return state
+        return {**state, _KEY: self.loop.state_dict()}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on exactly where the checkpoint was written."""
+        saved = dict(checkpoint["optimizer_states"][0])
+        if _KEY not in saved:
+            raise ValueError(
+                "The checkpoint was not written by a federated run, so there is no round to go on with: load its "
+                "weights with YourModule.load_from_checkpoint(path) and start fit() without ckpt_path."
+            )
+        self._saved = saved.pop(_KEY)
+        super().load_optimizer_state_dict({"optimizer_states": [saved]})
+        if self.loop is not None:  # the module asked for trainer.estimated_stepping_batches
+            self.loop.load_state_dict(self._saved)
+            self._saved = None
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint and let Lightning's counters agree with the round's."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        states = checkpoint.get("optimizer_states") or [{}]
+        if _KEY in states[0]:
+            _align_counters(checkpoint["loops"]["fit_loop"], running=states[0][_KEY]["running"])
+        return checkpoint
+
+
+def _align_counters(fit_loop: dict[str, Any], running: bool) -> None:
+    """Make Lightning's epoch end where the round ends.
+
+    Two checkpoints disagree: one written in the round's last step, before its validation (the round is over, the
+    epoch is not, and the next round's length would be compared with this one's), and one written when ``max_steps``,
+    ``max_time`` or an exception ended the epoch in mid-round (the epoch is over, the round is not).
+    """
+    epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    steps = batches["current"]
+    if not running and steps["completed"] < steps["ready"]:
+        for tracker in (batches["current"], batches["total"]):
+            tracker["completed"] = tracker["processed"] = tracker["ready"]
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        for tracker in (epoch["current"], epoch["total"]):
+            tracker["processed"] = tracker["started"]
+    elif running and epoch["current"]["processed"] == epoch["current"]["ready"]:
+        for tracker in (epoch["current"], epoch["total"]):
+            tracker["processed"] = tracker["completed"] = tracker["ready"] - 1

@@ -1,0 +1,113 @@
+"""Prove that a package stands alone: install it, and common, in a new environment and run its tests there.
+
+``cleanroom.py`` takes every package, ``cleanroom.py common`` the named ones, and ``cleanroom.py --changed`` those that
+changed since the last tag (all, where there is none). Two keys of a package's ``[tool.edgebolt]`` table matter:
+``cleanroom-extras`` names extras to install (default: none) and ``test-requires`` what the tests need beside pytest.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from monorepo import ROOT, Package, packages, with_extras
+
+# A change under one of these concerns every package.
+SHARED = ("constraints.txt", "packages/common/", "pyproject.toml", "scripts/", "tests/conftest.py")
+
+
+class CommandError(Exception):
+    """A command failed; the message holds the command and its whole output."""
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """Run ``command`` without the checkout on its import path and return its output."""
+    hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
+    env = {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if result.returncode:
+        raise CommandError(f"$ {' '.join(map(str, command))}\n{result.stdout}")
+    return result.stdout
+
+
+def changed(every: list[Package]) -> list[Package]:
+    """The packages that differ from the last tag, uncommitted and new files included; all where there is no tag."""
+    try:
+        tag = run("git", "describe", "--tags", "--abbrev=0").strip()
+    except CommandError:
+        return every
+    new = run("git", "ls-files", "--others", "--exclude-standard")
+    files = (run("git", "diff", "--name-only", tag) + new).splitlines()
+    if any(file.startswith(SHARED) for file in files):
+        return every
+    return [p for p in every if any(file.startswith((f"packages/{p.name}/", f"tests/{p.name}/")) for file in files)]
+
+
+def build(chosen: list[Package], folder: Path) -> dict[str, Path]:
+    """Wheels of ``chosen`` and of common, by package name; built with the hatchling that constraints.txt pins."""
+    wheels = {}
+    for name in sorted({"common", *(package.name for package in chosen)}):
+        target = folder / name
+        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target,
+            ROOT / "packages" / name)  # fmt: skip
+        (wheels[name],) = target.glob("*.whl")
+    return wheels
+
+
+def check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
+    """Install ``package`` in an environment under ``folder`` and test it there; returns pytest's last line."""
+    run(sys.executable, "-m", "venv", folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    install = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
+    run(*install, "--upgrade", "pip")
+    run(*install, "torch")  # first and by itself, as `make install` does
+    own = with_extras(str(wheels[package.name]), package.setting("cleanroom-extras"))
+    others = [wheels["common"]] if package.name != "common" else []
+    run(*install, own, *others, "pytest", *package.setting("test-requires"))
+
+    tests = folder / "tests"
+    shutil.copytree(ROOT / "tests" / package.name, tests / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    run(python, ROOT / "scripts" / "isolation.py", package.name, cwd=folder)
+    # pytest's own settings stay, the options of plugins that are not installed here go
+    pytest = (python, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider")
+    return run(*pytest, f"tests/{package.name}", cwd=folder).splitlines()[-1].strip("= ")
+
+
+def main() -> None:
+    """Check the packages that the command line asks for; exits with the output of the first command that fails."""
+    parser = argparse.ArgumentParser(description="Install packages alone and run their tests.")
+    parser.add_argument("names", nargs="*", metavar="package", help="default: all")
+    parser.add_argument("--changed", action="store_true", help="those that changed since the last tag")
+    options = parser.parse_args()
+    every = packages()
+    unknown = set(options.names) - {package.name for package in every}
+    if unknown:
+        parser.error(f"no such package: {sorted(unknown)}; there are {[package.name for package in every]}")
+    chosen = [package for package in every if not options.names or package.name in options.names]
+    if options.changed:
+        chosen = [package for package in changed(every) if package in chosen]
+    if not chosen:
+        print("clean room: no package changed since the last tag")
+        return
+    with tempfile.TemporaryDirectory(prefix="cleanroom-") as temporary:
+        try:
+            wheels = build(chosen, Path(temporary, "wheels"))
+            for package in chosen:
+                start = time.perf_counter()
+                summary = check(package, wheels, Path(temporary, package.name))
+                print(f"clean room {package.name}: {summary}; {time.perf_counter() - start:.0f} s in all", flush=True)
+                shutil.rmtree(Path(temporary, package.name))  # an environment with torch takes about a gigabyte
+        except CommandError as error:
+            sys.exit(f"clean room: failed\n{error}")
+
+
+if __name__ == "__main__":
+    main()
