@@ -17,13 +17,14 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
 
 # $(call fill,venv,constraints file): every package, editable and with all of its extras, and the tools.
-# torch comes first and by itself: only then do the packages take the build that is there.
+# torch comes before the packages: only then do they take the build that is there. With the build tools in place too,
+# a second run asks the index for nothing.
 define fill
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgebolt needs Python >= 3.11, this is " + sys.version)'
-$(PYTHON) -m venv $(1)
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install -qq $(addprefix --constraint=,$(2)) --upgrade pip
-$(1)/bin/python -m pip install -qq $(addprefix --constraint=,$(2)) "$(TORCH)"
-$(1)/bin/python -m pip install -qq $(addprefix --constraint=,$(2)) $(addprefix --build-constraint=,$(2)) \
+$(1)/bin/python -m pip install -qq $(addprefix --constraint=,$(2)) "$(TORCH)" hatchling editables
+$(1)/bin/python -m pip install -qq $(addprefix --constraint=,$(2)) --no-build-isolation \
 	$$($(1)/bin/python scripts/monorepo.py editables) --group dev
 endef
 

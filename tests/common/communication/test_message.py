@@ -36,7 +36,7 @@ def tensors(draw):
     tensor = random_bits(shape, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
     layout = draw(st.sampled_from(["plain", "transposed", "strided", "expanded"]))
     if layout == "transposed":
-        return tensor.permute(*reversed(range(tensor.ndim)))
+        return tensor.permute(list(reversed(range(tensor.ndim))))
     if layout == "strided" and tensor.ndim:
         return tensor[..., ::2]
     return tensor.expand(2, *tensor.shape) if layout == "expanded" else tensor
@@ -46,7 +46,8 @@ state_dicts = st.dictionaries(st.text(max_size=6).filter(lambda name: name != "_
 
 
 def raw(tensor):
-    return tensor.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).tolist()
+    flat = tensor.detach().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return torch.cat([flat, flat[:0]]).view(torch.uint8).tolist()  # cat: single elements of odd stride, too
 
 
 def assert_indistinguishable(one, other):
@@ -64,7 +65,7 @@ def assert_indistinguishable(one, other):
 
 
 @given(state_dicts, headers)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_message_round_trips(state, header):
     message = Message(state, header)
     data = message.to_bytes()
@@ -78,7 +79,7 @@ def test_any_message_round_trips(state, header):
 
 
 @given(state_dicts, headers, st.sampled_from([Dense(), Float16()]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_wire_and_process_decode_alike(state, header, codec):
     message = codec.encode(state).with_header(report=header)
     near, far = codec.decode(message), codec.decode(Message.from_bytes(message.to_bytes()))
@@ -89,7 +90,7 @@ def test_wire_and_process_decode_alike(state, header, codec):
 
 
 @given(state_dicts)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_blob_is_what_the_safetensors_library_writes(state):
     separate = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     assert Message(state, {}).to_bytes().endswith(save(separate))
@@ -220,7 +221,7 @@ def test_what_cannot_travel_is_refused(state, words):
 
 def test_repr_shows_no_data():
     assert repr(Message({"t": torch.ones(10)}, {"codec": "dense"})) == (
-        "Message(1 tensors, header={'codec': 'dense'}, nbytes=149)"
+        "Message(1 tensors, header={'codec': 'dense'}, nbytes=141)"
     )
 
 
@@ -251,14 +252,13 @@ class TestIsFinite:
         assert not Message({"t": torch.tensor([float("inf"), -float("inf")])}, {}).is_finite()
 
     @given(st.integers(0, 10_000), st.sampled_from(FLOATS))
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100, deadline=None, derandomize=True)
     def test_agrees_with_torch(self, seed, dtype):
         tensor = random_bits((5,), dtype, seed)
         assert Message({"t": tensor}, {}).is_finite() == bool(torch.isfinite(tensor).all())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_accelerator_tensors_arrive_on_the_cpu():
     tensor = torch.arange(6.0).reshape(2, 3)
     message = Message({"t": tensor.cuda().T}, {})

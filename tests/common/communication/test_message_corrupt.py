@@ -69,7 +69,7 @@ def test_the_sample_and_the_forger_are_sound():
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @example(b"")
 @example(b"EBLT")
 @example(bytes(30))
@@ -78,33 +78,33 @@ def test_noise(data):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_noise_behind_a_good_prefix(data):
     assert check(PREFIX.pack(b"EBLT", 1, 2, len(data)) + b"{}" + data) or data.startswith(b"\x08")
 
 
-@pytest.mark.parametrize("length", range(len(SAMPLE)))
-def test_every_cut(length):
-    assert check(SAMPLE[:length])
+def test_every_cut():
+    for length in range(len(SAMPLE)):
+        assert check(SAMPLE[:length])
 
 
 @given(st.binary(min_size=1, max_size=50))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_every_extension(tail):
     assert check(SAMPLE + tail)
     assert check(tail + SAMPLE)
 
 
-@pytest.mark.parametrize("position", range(DATA_START))
-def test_every_bit_before_the_data(position):
-    for bit in range(8):
-        data = bytearray(SAMPLE)
-        data[position] ^= 1 << bit
-        check(data)
+def test_every_bit_before_the_data():
+    for position in range(DATA_START):
+        for bit in range(8):
+            data = bytearray(SAMPLE)
+            data[position] ^= 1 << bit
+            check(data)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True)
 def test_bytes_replaced(changes):
     data = bytearray(SAMPLE)
     for position, value in changes:
@@ -113,7 +113,7 @@ def test_bytes_replaced(changes):
 
 
 @given(st.integers(0, len(SAMPLE)), st.integers(0, 12), st.binary(max_size=12))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True)
 def test_spans_replaced_with_lengths_made_good(start, removed, inserted):
     data = bytearray(SAMPLE)
     data[start : start + removed] = inserted
@@ -166,7 +166,7 @@ FORGED = {
     "unsorted": (wire(index={"b": entry(), "a": entry(offsets=(4, 8))}, data=bytes(8)), "canonical"),
     "dtype unknown": (wire(index={"a": entry("F33")}, data=bytes(4)), "corrupt"),
     "dtype not ours": (wire(index={"a": entry("C64", offsets=(0, 8))}, data=bytes(8)), "dtype C64"),
-    "dtype of half a byte": (wire(index={"a": entry("F4", shape=(8,))}, data=bytes(4)), "corrupt"),
+    "dtype of half a byte": (wire(index={"a": entry("F4", shape=(8,))}, data=bytes(4)), "dtype F4"),
     "dtype in lower case": (wire(index={"a": entry("f32")}, data=bytes(4)), "corrupt"),
     "bool of 2": (wire(index={"a": entry("BOOL", offsets=(0, 1))}, data=b"\x02"), "other than 0 and 1"),
     "header in disorder": (wire(header=b'{"b":1,"a":2}', index=b"{}      "), "canonical"),
@@ -192,10 +192,15 @@ def test_forged_parts(name):
 
 
 def test_header_of_many_small_lists_stays_bounded():
-    header = b'{"a":[' + b"[]," * 340_000 + b"[]]}"
+    header = b'{"a":[' + b"[]," * 50_000 + b"[]]}"
+    assert check(wire(header=header, index=b"{}      ")) is None
     tracemalloc.start()
-    check(wire(header=header))
-    check(wire(header=header * 3))
+    check(wire(header=header, index=b"{}      "))
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak < 64 * len(header)  # hence the limit of 1 MiB
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    assert "more than" in check(wire(header=header * 8))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 80 * 2**20
+    assert peak - before < 4 * 8 * len(header)

@@ -130,7 +130,7 @@ def _attributes(module: nn.Module) -> Iterator[_Undo]:
         yield from _content(vars(part), seen)
 
 
-def _content(value: Any, seen: set[int]) -> Iterator[_Undo]:  # noqa: ANN401 - any attribute of any module
+def _content(value: Any, seen: set[int]) -> Iterator[_Undo]:
     """Ways back to the present content of a mutable value; nothing for a value that is of another type."""
     if id(value) in seen or not isinstance(value, (Tensor, torch.Generator, np.random.Generator, *_CONTAINERS)):
         return
@@ -164,7 +164,7 @@ def _tensor(value: Tensor) -> _Undo:
     return restore
 
 
-def _container(value: Any) -> _Undo:  # noqa: ANN401 - one of _CONTAINERS
+def _container(value: Any) -> _Undo:
     saved = value.copy()
 
     def restore() -> None:

@@ -100,8 +100,12 @@ class Float16(Codec):
     name: ClassVar[str] = "float16"
 
     def encode(self, tensors: Tensors) -> Message:
-        """Returns a message with float16 in place of every floating dtype."""
-        former = {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        """Returns a message with float16 in place of every floating dtype.
+
+        Raises:
+            TypeError: If a tensor has a floating dtype that no message can carry (float8 ...).
+        """
+        former = {name: _dtype_name(name, t.dtype) for name, t in tensors.items() if t.is_floating_point()}
         header: dict[str, JSON] = {"codec": self.name}
         if former:
             # Ties go to the name, not to the order of the tensors, so that equal models give equal bytes.
@@ -132,8 +136,11 @@ class Float16(Codec):
         return decoded
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype_name(name: str, dtype: torch.dtype) -> str:
+    text = str(dtype).removeprefix("torch.")
+    if text not in _FLOATING:
+        raise TypeError(f"tensor {name!r} has dtype {dtype}: convert it with .to(...) to one of {list(_FLOATING)}")
+    return text
 
 
 def _floating_dtype(name: str, dtype: JSON) -> torch.dtype:

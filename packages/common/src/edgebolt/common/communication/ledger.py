@@ -157,7 +157,7 @@ class TrafficLedger:
                 writer.writerow(["round", "client", "direction", "nbytes", "time", "kind", "delivered"])
                 for number, client, up, nbytes, time, kind, delivered in zip(*columns.values(), strict=True):
                     direction = "up" if up else "down"
-                    writer.writerow([number, client, direction, nbytes, repr(time), kinds[kind], delivered])
+                    writer.writerow([number, client, direction, nbytes, repr(time), kinds[kind], bool(delivered)])
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

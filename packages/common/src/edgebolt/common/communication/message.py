@@ -165,7 +165,8 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 def _data(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied if it is on the CPU."""
-    return tensor.cpu().view(-1).view(torch.uint8).numpy().data
+    # as_strided, not view: a contiguous tensor of one or no element may have any stride, which view would keep.
+    return tensor.cpu().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -196,7 +197,7 @@ def _split(view: memoryview, max_bytes: int) -> tuple[memoryview, memoryview]:
 
 
 def _read_tensors(blob: memoryview) -> tuple[Tensors, Layout]:
-    """Parses the blob; the safetensors library checks that shapes, offsets and length agree, then we that it is ours."""
+    """Parses the blob: the safetensors library checks that shapes, offsets and length agree, we that it is ours."""
     if len(blob) < _INDEX_LENGTH.size:
         raise MessageError(f"{len(blob)} bytes are too few for a tensor index")
     (index_length,) = _INDEX_LENGTH.unpack_from(blob)
@@ -223,6 +224,6 @@ def _read_tensors(blob: memoryview) -> tuple[Tensors, Layout]:
 def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Tensor:
     if not data:  # frombuffer takes no empty buffer
         return torch.empty(shape, dtype=DTYPES[dtype])
-    if dtype == "BOOL" and max(data) > 1:
+    if dtype == "BOOL" and data.translate(None, b"\0\1"):
         raise MessageError(f"tensor {name!r} is bool but holds bytes other than 0 and 1")
     return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)

@@ -77,4 +77,4 @@ class Clock:
         self._energy_joules = float(state["energy_joules"])
 
     def __repr__(self) -> str:
-        return f"{self._now:.1f} s"
+        return f"{self._now:.1f} s" if self._now >= 10 else f"{self._now:.3g} s"

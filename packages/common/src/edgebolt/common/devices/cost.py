@@ -37,7 +37,7 @@ class StepCost:
     saved_bytes: int
 
 
-def count_step(module: LightningModule, batch: Any) -> StepCost:  # noqa: ANN401 - any batch
+def count_step(module: LightningModule, batch: Any) -> StepCost:
     """Run the module's own ``training_step`` and backward once, count, and leave no trace (see :func:`quiet`).
 
     Operations that torch's counter does not know count 0: elementwise ones, normalisations, lookups, sparse and
@@ -125,7 +125,7 @@ class CostModel:
     def sample_flops(
         self,
         module: LightningModule,
-        batch: Any,  # noqa: ANN401 - any batch
+        batch: Any,
         batch_size: int,
         settings: Mapping[str, Any],
     ) -> float:
@@ -173,7 +173,7 @@ class CostModel:
     def _count(
         self,
         module: LightningModule,
-        batch: Any,  # noqa: ANN401 - any batch
+        batch: Any,
         batch_size: int,
         settings: Mapping[str, Any],
     ) -> float:
@@ -197,7 +197,7 @@ def _check_count(flops: float, what: str) -> None:
         raise ValueError(f"{what} must be a finite number of operations above 0, got {flops!r}")
 
 
-def _jsonable(value: object) -> Any:  # noqa: ANN401 - what json can say
+def _jsonable(value: object) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (set, frozenset)):
@@ -207,7 +207,7 @@ def _jsonable(value: object) -> Any:  # noqa: ANN401 - what json can say
     raise TypeError(f"settings must hold numbers, strings, lists, dicts and arrays alone, got {value!r}")
 
 
-def _loss(module: LightningModule, batch: Any) -> Tensor:  # noqa: ANN401 - any batch
+def _loss(module: LightningModule, batch: Any) -> Tensor:
     # As the Trainer does: hand over the index of the batch if the step takes one.
     parameters = inspect.signature(module.training_step).parameters
     takes_index = "batch_idx" in parameters or len(parameters) > 1

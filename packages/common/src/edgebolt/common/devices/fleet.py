@@ -350,7 +350,7 @@ def _indices(name: str, values: NDArray[np.integer[Any]], size: int) -> NDArray[
     return array
 
 
-def _remember(memo: OrderedDict[int, Any], key: int, value: Any) -> Any:  # noqa: ANN401 - any kind of entry
+def _remember(memo: OrderedDict[int, Any], key: int, value: Any) -> Any:
     memo[key] = value
     while len(memo) > _KEPT_ROUNDS:
         memo.popitem(last=False)

@@ -19,7 +19,7 @@ _POSITIVE = frozenset({"flops", "memory_bytes", "up_bps", "down_bps"})
 _RATES = frozenset({"failure_rate", "online_rate"})
 
 
-def check_field(name: str, value: Any) -> None:  # noqa: ANN401 - the check is what finds the type
+def check_field(name: str, value: Any) -> None:
     """Raise a ValueError if ``value`` is not allowed for the field ``name`` of a profile."""
     if name == "name":
         if not isinstance(value, str) or not value:

@@ -137,7 +137,7 @@ class DeviceProfiler(Callback):
         self._begin()
         self._resident_at_start = _peak_resident_bytes()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the first batch; start the watch for those that are timed."""
         if self._flops is None and batch is not None:  # None: an idle batch of a federated round
             self._count(pl_module, batch)
@@ -151,8 +151,8 @@ class DeviceProfiler(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Stop the watch."""
@@ -215,7 +215,7 @@ class DeviceProfiler(Callback):
         title = f"Device profile '{self.profile.name}'"
         return "\n".join([title, *(f"  {label:<{width}}  {text}" for label, text in rows)])
 
-    def _count(self, module: LightningModule, batch: Any) -> None:  # noqa: ANN401
+    def _count(self, module: LightningModule, batch: Any) -> None:
         by_samples = callable(getattr(module, "flops", None)) or (
             self.cost is not None and self.cost.flops_per_sample is not None
         )
@@ -264,7 +264,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -275,7 +275,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401
             yield from _tensors(value)
 
 
-def _batch_size(batch: Any) -> int:  # noqa: ANN401
+def _batch_size(batch: Any) -> int:
     for tensor in _tensors(batch):
         if tensor.ndim:
             return len(tensor)

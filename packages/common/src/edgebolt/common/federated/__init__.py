@@ -4,6 +4,7 @@ from edgebolt.common.federated.algorithm import Algorithm, Uniform, WeightedMean
 from edgebolt.common.federated.client import ClientCallback, KeepMoments
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
+from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
 from edgebolt.common.federated.partition import IID, ByKey, ClientIndex, Dirichlet, Partition, Shards, Sizes
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.strategy import FederatedStrategy
@@ -21,10 +22,13 @@ __all__ = [
     "Evaluation",
     "FedAvg",
     "FedAvgStrategy",
+    "FedProx",
+    "FedProxStrategy",
     "FederatedStrategy",
     "KeepMoments",
     "Outcome",
     "Partition",
+    "Proximal",
     "Server",
     "Shards",
     "Sizes",

@@ -46,8 +46,9 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"val_check_interval={trainer.val_check_interval} would validate one client's weights in mid-round: "
             "leave it at 1.0; validation runs once a round (check_val_every_n_epoch=k: every k rounds)."
         )
-    if trainer.overfit_batches:
-        raise ValueError(f"overfit_batches={trainer.overfit_batches} cannot be cut by client: use limit_train_batches.")
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit:
+        raise ValueError(f"overfit_batches={overfit} cannot be cut by client: use limit_train_batches.")
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:

@@ -88,7 +88,7 @@ class ClientData(ABC):
         tensors = _plain_tensors(dataset) if template.collate_fn is default_collate and not loader.num_workers else None
         if tensors is not None and not loader.pin_memory:
             # Tensors in memory: index a batch at once, as default_collate would stack it, sample by sample.
-            passes = lambda: _indexed(tensors, loader.batch_sampler)  # noqa: E731
+            passes = lambda: _indexed(tensors, loader.batch_sampler, generator)  # noqa: E731
         while steps > 0:
             before = steps
             for batch in passes():
@@ -167,7 +167,7 @@ def check_loader(loader: Any) -> None:
         TypeError, ValueError: see the messages.
     """
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"The training loader is a {type(loader).__name__}; federated clients are cut from a DataLoader.")
+        raise TypeError(f"The training loader is a {type(loader).__name__}: clients are cut from a DataLoader.")
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise TypeError(
             "The training dataset has no length and cannot be cut by client: use a map-style dataset, "
@@ -218,8 +218,11 @@ def _plain_tensors(dataset: Dataset[Any]) -> tuple[list[torch.Tensor], torch.Ten
     return None
 
 
-def _indexed(tensors: tuple[list[torch.Tensor], torch.Tensor], batch_sampler: Any) -> Iterator[list[torch.Tensor]]:
+def _indexed(
+    tensors: tuple[list[torch.Tensor], torch.Tensor], batch_sampler: Any, generator: torch.Generator
+) -> Iterator[list[torch.Tensor]]:
     columns, rows = tensors
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws its workers' seed first
     for batch in batch_sampler:
         picked = rows[batch]
         yield [column[picked] for column in columns]

@@ -1,6 +1,7 @@
 """Finding the label of every sample of a dataset without asking its author."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def _read_samples(dataset: Dataset[Any], samples: int, names: Sequence[str], pos
     with isolate_rng(include_cuda=False):  # random transforms must not shift the run's own generators
         for number in range(samples):
             value = _field(dataset[number], names, positional)
-            if isinstance(value, torch.Tensor | np.ndarray) and np.size(value) == 1:
+            if isinstance(value, torch.Tensor | np.ndarray) and prod(value.shape) == 1:
                 value = value.item()
             if value is _MISSING or (positional and not isinstance(value, int | np.integer | np.bool_)):
                 raise TypeError(_not_found(dataset, number, value, names, positional))

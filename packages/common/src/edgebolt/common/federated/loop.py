@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -168,7 +168,8 @@ class FederatedLoop:
 
     def _close(self, visit: Visit) -> None:
         server, flight = self.server, self.flights[visit.lane]
-        profile = self.fleet.profile(visit.client, server.round)
+        assert self.devices.device is not None
+        profile = self.devices.device.profile
         flops = self.visit_flops(visit) * self.done if self.done else 0.0
         message = self.devices.close(visit)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
@@ -178,7 +179,7 @@ class FederatedLoop:
             up = profile.upload_seconds(up_bytes)
             reason = "" if message.is_finite() else "non-finite"
             if reason:
-                log.warning("Round %d: the update of client %d has NaN or infinity; dropped.", server.round, visit.client)
+                log.warning("Round %d: update of client %d dropped: NaN or infinity.", server.round, visit.client)
         finished = flight.opened + down + compute + up
         if message is not None:
             server.ledger.add(
@@ -198,7 +199,7 @@ class FederatedLoop:
             down_bytes=self.sent_bytes,
             up_bytes=up_bytes,
             energy=profile.energy_joules(compute, down + up),
-            report={} if message is None else dict(message.header["report"]),
+            report={} if message is None else cast(dict[str, Any], message.header["report"]),
         )
         flight.arrivals.append((outcome, message if outcome.delivered else None))
         if self.done:
@@ -276,7 +277,7 @@ class FederatedLoop:
         visits = [self._checked(visit, dies=False) for visit in self.algorithm.enrol(self.server)]
         for visit in visits:
             if visit.steps:
-                raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; train a probe in the first round.")
+                raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; train a probe in round 0.")
         self.visits, self.waiting = visits, _queued(visits)
         while (index := self._next()) is not None or self.flights:
             if index is None:

@@ -59,7 +59,7 @@ class ClientIndex:
         offsets = self.offsets
         if self.index.ndim != 1 or offsets.ndim != 1 or len(offsets) % 3 != 1:
             raise ValueError(
-                f"index must be [samples], offsets [3 * clients + 1], got shapes {self.index.shape} and {offsets.shape}."
+                f"index must be [samples], offsets [3 * clients + 1], got {self.index.shape} and {offsets.shape}."
             )
         if offsets[0] != 0 or offsets[-1] != len(self.index) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the {len(self.index)} entries of index, got {offsets}.")
@@ -131,7 +131,8 @@ class Partition(ABC):
     A client with ``m`` samples gives ``floor(test * m)`` of them to its test part and ``floor(val * m)`` to its
     validation part, drawn at random; the others are for training. So a client with few samples may have none to
     validate with. The draw depends on the seed and on which samples the client has, not on the other clients, and the
-    test part does not depend on ``val``.
+    test part does not depend on ``val``. Where rounding would leave fewer than ``min_samples`` for training although
+    a smaller client has them (``m = 4`` at ``val = test = 0.3`` leaves 2, ``m = 3`` leaves 3), validation gives way.
 
     A client that would have fewer than ``min_samples`` for training receives samples, one at a time, from whoever is
     the largest client at that moment (at equal size the one with the lowest number); which ones is drawn at random.
@@ -206,7 +207,7 @@ class Partition(ABC):
         clients = len(self)
         if owner.shape != (samples,) or (samples and not -1 <= owner.min() <= owner.max() < clients):
             raise ValueError(
-                f"{type(self).__name__}.assign must return a client, -1 to {clients - 1}, for each of {samples} samples."
+                f"{type(self).__name__}.assign must return clients, -1 to {clients - 1}, for {samples} samples."
             )
         owner = self._fill_up(owner, clients)
         part = 3 * owner + self._parts_of_clients(owner, clients)
@@ -242,12 +243,11 @@ class Partition(ABC):
         return np.floor(self.val * sizes + 1e-9).astype(np.int64), np.floor(self.test * sizes + 1e-9).astype(np.int64)
 
     def _least_size(self) -> int:
-        """Return the size from which on a client always keeps ``min_samples`` for training."""
+        """Return the smallest size of a client that keeps ``min_samples`` for training."""
         bound = ceil(self.min_samples / (1 - self.val - self.test)) + 1
         sizes = np.arange(bound + 1)
         val, test = self._held_out(sizes)
-        too_small = np.flatnonzero(sizes - val - test < self.min_samples)  # two floors: not monotone in the size
-        return int(too_small[-1]) + 1 if too_small.size else 0
+        return int(np.argmax(sizes - val - test >= self.min_samples))
 
     def _fill_up(self, owner: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
         """Move samples from the largest clients to those below the minimum."""
@@ -257,8 +257,8 @@ class Partition(ABC):
             held = f" ({least} in all, with val={self.val} and test={self.test})" if least > self.min_samples else ""
             raise ValueError(
                 f"{clients} clients with min_samples={self.min_samples}{held} need {clients * least} samples, but "
-                f"there are {total}: take at most {total // least} clients, or a smaller min_samples, for there are "
-                f"{total // clients} samples a client."
+                f"there are {total}, {total // clients} a client: take a smaller min_samples"
+                + (f", or at most {total // least} clients." if total >= least else ".")
             )
         missing = np.maximum(least - sizes, 0)
         if not missing.any():
@@ -280,6 +280,7 @@ class Partition(ABC):
         used = np.flatnonzero(owner >= 0)
         sizes = np.bincount(owner[used], minlength=clients)
         val, test = self._held_out(sizes)
+        val = np.minimum(val, sizes - test - self.min_samples)  # two floors: what is left is not monotone in the size
         # One number a sample, drawn whatever the partition is: each client's order depends on its own samples alone.
         rank = _rank_in_group(owner[used], stream(self.seed, "partition/holdout").random(len(owner))[used], clients)
         parts[used[rank < test[owner[used]]]] = 2

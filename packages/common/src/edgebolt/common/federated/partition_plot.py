@@ -14,6 +14,7 @@ __all__ = ["plot_label_counts"]
 
 _MOST_BARS = 40
 _MOST_COLOURS = 20
+_MOST_COLUMNS = 400
 
 
 def plot_label_counts(
@@ -21,7 +22,8 @@ def plot_label_counts(
 ) -> "tuple[Figure, Axes]":
     """Draw the label-by-client matrix.
 
-    Up to 40 clients and 20 labels become one stacked bar a client, more become a heat map.
+    Up to 40 clients and 20 labels become one stacked bar a client, more become a heat map. Of more than 400
+    clients the heat map shows every n-th, for columns narrower than a pixel would blend into one average.
 
     Args:
         counts: Samples of each client and label, shape ``[clients, labels]``; see ``ClientIndex.label_counts``.
@@ -56,7 +58,6 @@ def plot_label_counts(
         _draw_bars(counts, ax)
     else:
         _draw_heat_map(counts, ax, figure)
-    ax.set_xlabel("client")
     if path is not None:
         figure.savefig(path)
     return figure, ax
@@ -71,6 +72,7 @@ def _draw_bars(counts: NDArray[np.int64], ax: "Axes") -> None:
     bottom = np.cumsum(counts, axis=1) - counts
     for label in range(labels):
         ax.bar(np.arange(clients), counts[:, label], 0.8, bottom[:, label], color=colours(label), label=str(label))
+    ax.set_xlabel("client")
     ax.set_ylabel("samples")
     ax.set_xlim(-0.6, clients - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -84,8 +86,12 @@ def _draw_bars(counts: NDArray[np.int64], ax: "Axes") -> None:
 def _draw_heat_map(counts: NDArray[np.int64], ax: "Axes", figure: "Figure") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    image = ax.imshow(counts.T, aspect="auto", origin="lower", cmap="viridis", interpolation="auto")
+    step = -(-len(counts) // _MOST_COLUMNS)
+    shown = counts[::step].T
+    extent = (-step / 2, (shown.shape[1] - 0.5) * step, -0.5, shown.shape[0] - 0.5)
+    image = ax.imshow(shown, aspect="auto", origin="lower", cmap="viridis", extent=extent, interpolation="nearest")
     figure.colorbar(image, ax=ax, label="samples")
+    ax.set_xlabel("client" if step == 1 else f"client (one in {step} shown)")
     ax.set_ylabel("label")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))

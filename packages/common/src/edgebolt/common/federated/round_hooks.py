@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from edgebolt.common.federated.round_loader import RoundLoader
+
 if TYPE_CHECKING:
     from edgebolt.common.federated.strategy import FederatedStrategy
 
@@ -27,6 +29,11 @@ class RoundHooks(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Label whatever progress bar there is."""
+        if not isinstance(trainer.train_dataloader, RoundLoader):
+            raise ValueError(
+                f"The training data are a {type(trainer.train_dataloader).__name__} of loaders: give one DataLoader, "
+                "whose dataset is cut by client."
+            )
         bar = trainer.progress_bar_callback
         if bar is None or bar is self._labelled:
             return
@@ -54,16 +61,16 @@ class RoundHooks(Callback):
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             loop.step_done(loss if isinstance(loss, torch.Tensor) else None)
         loop.advance()
+        if not loop.running:
+            self._log(trainer, loop.history[-1])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the round's figures: float64, so that bytes stay exact in the logger."""
-        loop = self._strategy.loop
-        assert loop is not None
-        if loop.running or not loop.history:
-            return  # max_steps or max_time ended the epoch in mid-round
-        row = {name: torch.tensor(value, dtype=torch.float64) for name, value in loop.history[-1].items()}
-        del row["round"]
-        pl_module.log_dict(row, batch_size=1)
+    def _log(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
+        """Straight to the loggers, exact, and to those who monitor: `self.log` costs as much as a step, each time."""
+        figures = {name: value for name, value in row.items() if name != "round"}
+        for logger in trainer.loggers:
+            logger.log_metrics({**figures, "epoch": row["round"]}, step=trainer.global_step - 1)
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+        trainer.callback_metrics.update(tensors)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stopped in mid-round: the module shows the global model."""

@@ -138,10 +138,10 @@ class Serial:
         self.put({**self.initial, **tensors})
 
     def park(self, shown: Tensors) -> None:
-        """Keep an open visit's weights and moments aside and show the given (global) weights instead."""
+        """Show the given (global) weights instead of a client's; keep an open visit's weights and moments aside."""
         if self.device is not None and self.parked is None:
             self.parked = self._local()
-            self.put(shown)
+        self.put(shown)
 
     def _local(self) -> dict[str, Any]:
         return {

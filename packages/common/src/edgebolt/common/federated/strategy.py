@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -27,6 +29,7 @@ from edgebolt.common.federated.round_hooks import RoundHooks
 from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
 from edgebolt.common.federated.serial import Serial
 from edgebolt.common.federated.server import Server
+from edgebolt.common.federated.shortcuts import Shortcuts
 from edgebolt.common.federated.visit import Evaluation, Visit
 
 __all__ = ["FederatedStrategy"]
@@ -107,6 +110,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         self._data: ClientData | None = None
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
         self._nominal: Any = None
+        self._shortcuts = Shortcuts()
         self._hooks = RoundHooks(self)
         self._callbacks: list[ClientCallback] = []
 
@@ -156,8 +160,9 @@ class FederatedStrategy(SingleDeviceStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_trainer(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [self._hooks, *self.algorithm.client]
-        theirs = [callback for callback in trainer.callbacks if not any(callback is mine for mine in ours)]
+        theirs = [callback for callback in callbacks if not any(callback is mine for mine in ours)]
         self._callbacks = [
             *self.algorithm.client,
             *(callback for callback in theirs if isinstance(callback, ClientCallback)),
@@ -165,9 +170,12 @@ class FederatedStrategy(SingleDeviceStrategy):
         # The device half first, so that its hooks run while the visit is open; then the round's own, which close it;
         # then the user's, which see the aggregated model.
         others = [callback for callback in theirs if not isinstance(callback, ClientCallback)]
-        trainer.callbacks[:] = [*self._callbacks, self._hooks, *others]
+        callbacks[:] = [*self._callbacks, self._hooks, *others]
         # Without this, rounds of different length would be cut or cycled at the first round's length.
-        trainer.reload_dataloaders_every_n_epochs = 1
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        # Said anew for each round's length, and of no use: what is logged of a round does not depend on steps.
+        warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+        warnings.filterwarnings("ignore", "`training_step` returned `None`")  # the idle batch
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Begin afresh; a checkpoint, if there is one, is loaded after this."""
@@ -176,6 +184,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             check_trainable(self.lightning_module)
             self.loop = self._data = self._saved = None
             self.clock, self.ledger, self._nominal = Clock(), TrafficLedger(), None
+            self._shortcuts = Shortcuts()
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -263,9 +272,27 @@ class FederatedStrategy(SingleDeviceStrategy):
 
     # --------------------------------------------------------------------------------------------- the steps
 
+    def on_train_start(self) -> None:
+        """See which hooks of a step nobody implements."""
+        super().on_train_start()
+        self._shortcuts = Shortcuts.of(self._trainer)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The batch on the device, by the module's own hooks."""
+        if self._shortcuts.transfer and device is None:
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, but for the idle batch of a round in which nobody trains."""
         return super().training_step(*args, **kwargs) if self._running.steps else None
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Back-propagate."""
+        if not self._shortcuts.backward:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        closure_loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return closure_loss.detach()
 
     def optimizer_step(
         self,
@@ -278,12 +305,12 @@ class FederatedStrategy(SingleDeviceStrategy):
         visit = self._running.visit
         if visit is None:
             return closure()  # the idle batch
-        if not visit.optimizer:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
         before = [{name: group[name] for name in visit.optimizer} for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group.update(visit.optimizer)
         try:
+            if self._shortcuts.step:
+                return optimizer.step(closure=closure, **kwargs)
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             for group, values in zip(optimizer.param_groups, before, strict=True):

@@ -1,0 +1,62 @@
+"""The table of algorithms that the contract suite runs over: a new algorithm joins by a row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runs import CLIENTS, SAMPLES, LowRankNet, Net, make_strategy
+from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel, blackout
+
+from edgebolt.common.devices import Fleet
+from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
+
+
+@dataclass(frozen=True)
+class Row:
+    """How to make a short run of one algorithm.
+
+    Args:
+        algorithm: makes the algorithm; called for every run.
+        strategy: makes further arguments of ``FederatedStrategy``; called for every run.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        module: class of the module, called with the optimizer's name.
+        rounds: length of the run.
+    """
+
+    algorithm: Callable[[], Algorithm]
+    strategy: Callable[[], dict[str, Any]] = field(default=lambda: {"fleet": failing()})
+    optimizer: str = "sgd"
+    module: type[Net] = Net
+    rounds: int = 3
+
+    def make(self, algorithm=None, **strategy):
+        """A fresh strategy and module, the first two arguments of ``runs.fit``."""
+        algorithm = self.algorithm() if algorithm is None else algorithm
+        return make_strategy(algorithm, **{**self.strategy(), **strategy}), self.module(self.optimizer)
+
+
+def failing(rate=0.3):
+    """Unequal devices, some of which die."""
+    return Fleet.jetson(CLIENTS, seed=0, failure_rate=rate)
+
+
+def lost(at_share):
+    return lambda: {"fleet": blackout(CLIENTS, at_share)}
+
+
+ALGORITHMS = {
+    "fedavg": Row(FedAvg),
+    "fedavg, kept moments": Row(lambda: FedAvg(moments="keep"), optimizer="adamw"),
+    "fedprox": Row(lambda: FedProx(mu=0.1)),
+    "groups": Row(Groups, lambda: {"fleet": failing(0.1), "per_round": 4}),
+    "interrupted visits": Row(Patience, lambda: {"fleet": failing(0.5)}, optimizer="adamw", rounds=4),
+    "stale models": Row(StaleModel, lambda: {"fleet": failing(0.1)}),
+    "changing ranks": Row(Ranks, optimizer="adamw", module=LowRankNet),
+    "private heads": Row(Clusters, lambda: {"fleet": failing(0.1), "clients": Sizes(SAMPLES, seed=0, val=0.3)}),
+    "buffered": Row(Buffered, lambda: {"fleet": failing(0.1)}),
+    "all die at once": Row(FedAvg, lost(0.0)),
+    "all die half-way": Row(FedAvg, lost(0.5)),
+    "all uploads lost": Row(FedAvg, lost(1.0)),
+    "all offline": Row(FedAvg, lost(None)),
+    "enrolment": Row(Enrolled),
+}

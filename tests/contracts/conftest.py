@@ -1,0 +1,28 @@
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# The helpers of this folder (runs, toys, algorithms ...) are plain modules beside the tests: importlib mode puts no
+# folder on the path, and the folder may have been copied elsewhere.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_single_threaded():
+    """No banners, one thread, and the handler of Ctrl-C that Lightning takes away when it is pressed."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    names = ["lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.cloud_io"]
+    loggers = [logging.getLogger(name) for name in (*names, "edgebolt.common.federated.loop")]
+    levels = [logger.level for logger in loggers]
+    torch.set_num_threads(1)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
