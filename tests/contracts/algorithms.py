@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from runs import CLIENTS, SAMPLES, LowRankNet, Net, make_strategy
+from runs import CLIENTS, WITH_VAL, LowRankNet, Net, make_strategy
 from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel, blackout
 
 from edgebolt.common.devices import Fleet
@@ -52,7 +52,7 @@ ALGORITHMS = {
     "interrupted visits": Row(Patience, lambda: {"fleet": failing(0.5)}, optimizer="adamw", rounds=4),
     "stale models": Row(StaleModel, lambda: {"fleet": failing(0.1)}),
     "changing ranks": Row(Ranks, optimizer="adamw", module=LowRankNet),
-    "private heads": Row(Clusters, lambda: {"fleet": failing(0.1), "clients": Sizes(SAMPLES, seed=0, val=0.3)}),
+    "private heads": Row(Clusters, lambda: {"fleet": failing(0.1), "clients": Sizes(WITH_VAL, seed=0, val=0.3)}),
     "buffered": Row(Buffered, lambda: {"fleet": failing(0.1)}),
     "all die at once": Row(FedAvg, lost(0.0)),
     "all die half-way": Row(FedAvg, lost(0.5)),

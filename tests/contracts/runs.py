@@ -12,6 +12,7 @@ from edgebolt.common.federated import FedAvg, FederatedStrategy, Sizes
 
 CLIENTS = 6
 SAMPLES = [6, 7, 8, 10, 11, 14]  # in batches of 4 nobody has a last batch of one sample, which BatchNorm refuses
+WITH_VAL = [8, 8, 9, 10, 10, 11]  # the same with val=0.3
 BATCH = 4
 LR = {"sgd": 0.1, "adamw": 0.01}
 

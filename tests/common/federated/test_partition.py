@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
+from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.labels import find_labels
-from edgebolt.common.federated.partition import IID, ByKey, ClientIndex, Dirichlet, Partition, Shards, Sizes
+from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
 
 SPLITS = ("train", "val", "test")
 

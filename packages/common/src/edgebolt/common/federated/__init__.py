@@ -2,10 +2,11 @@
 
 from edgebolt.common.federated.algorithm import Algorithm, Uniform, WeightedMean
 from edgebolt.common.federated.client import ClientCallback, KeepMoments
+from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
 from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
-from edgebolt.common.federated.partition import IID, ByKey, ClientIndex, Dirichlet, Partition, Shards, Sizes
+from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.strategy import FederatedStrategy
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Update, Visit

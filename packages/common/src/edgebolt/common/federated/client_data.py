@@ -21,7 +21,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from edgebolt.common.federated.partition import ClientIndex, Partition
+from edgebolt.common.federated.client_index import ClientIndex
+from edgebolt.common.federated.partition import Partition
 
 __all__ = ["ClientData", "Clients", "OwnData", "PartitionedData"]
 
