@@ -1,9 +1,19 @@
 """A run that is resumed, from wherever, ends as if it had never stopped."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
 import pytest
-from algorithms import ALGORITHMS
-from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import assert_same, fit
+import torch
+from algorithms import ALGORITHMS, failing
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
+from runs import Net, assert_same, exact, fit, holds, make_strategy
+
+from edgebolt.common.federated import FedAvg
 
 
 def every_step(folder):
@@ -12,6 +22,40 @@ def every_step(folder):
 
 def by_step(folder):
     return sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+
+
+def round_ends(row):
+    """Global steps at which the rounds of a row's run end."""
+    ends = []
+
+    class Ends(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            ends.append(trainer.global_step)
+
+    fit(*row.make(), rounds=row.rounds, callbacks=[Ends()])
+    return ends
+
+
+class Stop(L.Callback):
+    """Asks the Trainer to stop after a step, as ``Timer`` does when ``max_time`` is over."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+class Raise(L.Callback):
+    """Raises in one hook at one step: Ctrl-C, a full disk, a bug."""
+
+    def __init__(self, hook, step, error):
+        self.step, self.error = step, error
+        setattr(self, hook, self.strike)
+
+    def strike(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise self.error
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -23,3 +67,217 @@ def test_from_every_step(name, tmp_path):
     assert whole.trainer.current_epoch == row.rounds
     for checkpoint in checkpoints:
         assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint), whole, checkpoint.stem)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_stopped_anywhere(name, tmp_path):
+    """Whatever ends a fit in mid-round leaves the global weights in the module; the run goes on from there."""
+    row = ALGORITHMS[name]
+    whole = fit(*row.make(), rounds=row.rounds)
+    total = whole.trainer.global_step
+    for step in range(1, total, 2):
+        stopped = fit(*row.make(), rounds=row.rounds, callbacks=[Stop(step)])
+        assert stopped.trainer.global_step == step
+        assert holds(stopped.module.state_dict(), stopped.model), step
+        stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+        resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=tmp_path / "stopped.ckpt")
+        assert_same(resumed, whole, f"stopped after step {step}")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_max_steps(optimizer, tmp_path):
+    def keeping():
+        return make_strategy(FedAvg(moments="keep"), fleet=failing()), Net(optimizer)
+
+    whole = fit(*keeping())
+    for step in range(1, whole.trainer.global_step):
+        stopped = fit(*keeping(), max_steps=step)
+        assert stopped.trainer.global_step == step
+        assert holds(stopped.module.state_dict(), stopped.model), step
+        stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+        assert_same(fit(*keeping(), ckpt_path=tmp_path / "stopped.ckpt"), whole, f"max_steps={step}")
+
+
+def test_max_time(tmp_path):
+    """The real Timer, which is over after the first step."""
+    stopped = fit(callbacks=[Timer({"seconds": 0}), every_step(tmp_path)])
+    assert 0 < stopped.trainer.global_step < 5
+    assert holds(stopped.module.state_dict(), stopped.model)
+    assert_same(fit(ckpt_path=by_step(tmp_path)[-1]), fit())
+
+
+HOOKS = ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"]
+
+
+@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits", "changing ranks", "buffered"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_ctrl_c(hook, name, tmp_path):
+    row = ALGORITHMS[name]
+    whole = fit(*row.make(), rounds=row.rounds)
+    for step in (1, 4, 7, 10, 13):
+        strategy, module = row.make()
+        folder = tmp_path / str(step)
+        with pytest.raises(SystemExit):
+            # the checkpoint of a step is written before the user's other callbacks hear of the step's end
+            fit(strategy, module, rounds=row.rounds, callbacks=[every_step(folder), Raise(hook, step, KeyboardInterrupt())])
+        assert holds(module.state_dict(), strategy.server.models["global"]), step
+        resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=by_step(folder)[-1])
+        assert_same(resumed, whole, f"{hook} at step {step}")
+
+
+@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits", "changing ranks", "buffered"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
+    row = ALGORITHMS[name]
+    whole = fit(*row.make(), rounds=row.rounds)
+    for step in range(1, whole.trainer.global_step):
+        callbacks = [OnExceptionCheckpoint(tmp_path, "last"), Raise(hook, step, RuntimeError("disk full"))]
+        strategy, module = row.make()
+        with pytest.raises(RuntimeError, match="disk full"):
+            fit(strategy, module, rounds=row.rounds, callbacks=callbacks)
+        assert holds(module.state_dict(), strategy.server.models["global"]), step
+        resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=tmp_path / "last.ckpt")
+        assert_same(resumed, whole, f"{hook} at step {step}")
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_end"])
+def test_exception_while_validating(hook, tmp_path):
+    row = ALGORITHMS["private heads"]  # validation puts other weights into the module
+    whole = fit(*row.make(), rounds=row.rounds)
+    for step in round_ends(row):
+        strategy, module = row.make()
+        callbacks = [OnExceptionCheckpoint(tmp_path, "last"), Raise(hook, step, RuntimeError("disk full"))]
+        with pytest.raises(RuntimeError, match="disk full"):
+            fit(strategy, module, rounds=row.rounds, callbacks=callbacks)
+        assert holds(module.state_dict(), strategy.server.models["global"])
+        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=tmp_path / "last.ckpt"), whole, f"{step}")
+
+
+def test_an_interrupted_run_goes_on_with_the_same_objects(tmp_path):
+    """A second fit of the same module and strategy object, as one does in a notebook."""
+    strategy, module = make_strategy(fleet=failing()), Net()
+    whole = fit(make_strategy(fleet=failing()))
+    with pytest.raises(SystemExit):
+        interrupt = Raise("on_train_batch_start", 6, KeyboardInterrupt())
+        fit(strategy, module, callbacks=[every_step(tmp_path), interrupt])
+    assert_same(fit(strategy, module, ckpt_path=by_step(tmp_path)[-1]), whole)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_round_end_checkpoints(name, tmp_path):
+    row = ALGORITHMS[name]
+    best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val_loss", save_top_k=-1)
+    last = ModelCheckpoint(tmp_path / "last", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = fit(*row.make(), rounds=row.rounds, callbacks=[best, last])
+    for folder in ("best", "last"):
+        checkpoints = by_step(tmp_path / folder)
+        assert len(checkpoints) == row.rounds
+        for checkpoint in checkpoints:
+            assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint), whole, f"{folder} {checkpoint.stem}")
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    short = fit(make_strategy(fleet=failing()), rounds=2)
+    short.trainer.save_checkpoint(tmp_path / "short.ckpt")
+    whole = fit(make_strategy(fleet=failing()), rounds=4)
+    assert_same(fit(make_strategy(fleet=failing()), rounds=4, ckpt_path=tmp_path / "short.ckpt"), whole)
+
+
+def test_resuming_keeps_validating_logging_and_stopping(tmp_path):
+    """What follows the resumed step is the same for callbacks and loggers too."""
+
+    def callbacks():
+        return [EarlyStopping("val_loss", patience=2, min_delta=100.0)]
+
+    def make():
+        return ALGORITHMS["fedavg"].make()
+
+    ends, log = round_ends(ALGORITHMS["fedavg"]), CSVLogger(tmp_path / "whole")
+    whole = fit(*make(), rounds=9, callbacks=[*callbacks(), every_step(tmp_path)], logger=log)
+    assert whole.trainer.current_epoch == 3
+    for checkpoint in by_step(tmp_path):
+        step = int(checkpoint.stem.partition("=")[2])
+        log = CSVLogger(tmp_path / str(step))
+        resumed = fit(*make(), rounds=9, callbacks=callbacks(), ckpt_path=checkpoint, logger=log)
+        if step not in ends:  # Lightning does not validate again what ended with the checkpoint's own step
+            assert_same(resumed, whole, step)
+            expected = (tmp_path / "whole/lightning_logs/version_0/metrics.csv").read_text().splitlines()
+            found = (tmp_path / f"{step}/lightning_logs/version_0/metrics.csv").read_text().splitlines()
+            assert found[-1] == expected[-1]
+
+
+@pytest.mark.parametrize("weights_only", [None, True])
+def test_weights_only_loading(weights_only, tmp_path):
+    row = ALGORITHMS["interrupted visits"]
+    whole = fit(*row.make(), rounds=row.rounds, callbacks=[every_step(tmp_path)])
+    for checkpoint in by_step(tmp_path)[4::5]:
+        resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint, weights_only=weights_only)
+        assert_same(resumed, whole, checkpoint.stem)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_mid_round_checkpoints_hold_the_global_weights(name, tmp_path):
+    """As of the round's start, or of the last aggregation inside it, for the plain module to load."""
+    row = ALGORITHMS[name]
+    held = []
+
+    class Held(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            held.append({n: t.clone() for n, t in trainer.strategy.server.models["global"].items()})
+
+    fit(*row.make(), rounds=row.rounds, callbacks=[Held(), every_step(tmp_path)])
+    checkpoints = by_step(tmp_path)
+    assert len({str(exact(model)) for model in held}) > 1
+    for checkpoint, model in zip(checkpoints, held, strict=True):
+        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert holds(weights, model)
+        assert holds(row.module.load_from_checkpoint(checkpoint, weights_only=True).state_dict(), model)
+        assert weights.keys() == row.module().state_dict().keys()
+
+
+def test_mid_round_checkpoint_holds_the_weights_of_the_rounds_start(tmp_path):
+    started = []
+
+    class Starts(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            started.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+
+    row = ALGORITHMS["fedavg"]
+    fit(*row.make(), callbacks=[Starts(), every_step(tmp_path)])
+    ends = round_ends(row)
+    for checkpoint in by_step(tmp_path):
+        step = int(checkpoint.stem.partition("=")[2])
+        if step not in ends:
+            number = sum(step > end for end in ends)
+            assert holds(torch.load(checkpoint, weights_only=True)["state_dict"], started[number]), step
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import lightning as L
+from algorithms import ALGORITHMS
+from runs import fit
+from test_resume import every_step
+from pathlib import Path
+
+class Kill(L.Callback):
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == int(sys.argv[4]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+row = ALGORITHMS[sys.argv[2]]
+fit(*row.make(), rounds=row.rounds, callbacks=[every_step(Path(sys.argv[3])), Kill()])
+"""
+
+
+@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits"])
+def test_sigkill(name, tmp_path):
+    row, step = ALGORITHMS[name], 11
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), name, str(tmp_path), str(step)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = by_step(tmp_path)
+    assert len(checkpoints) == step
+    whole = fit(*row.make(), rounds=row.rounds)
+    assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoints[-1]), whole)

@@ -1,16 +1,17 @@
 """One epoch is one round: bars, logs, validation, early stopping and schedules all count rounds."""
 
 import csv
+from dataclasses import replace
 
 import lightning as L
 import pytest
 import torch
 from algorithms import ALGORITHMS, failing
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from runs import BATCH, SAMPLES, Net, fit, holds, make_strategy
+from runs import BATCH, SAMPLES, Net, fit, holds, make_strategy, train_loader
 
-from edgebolt.common.federated import Sizes
+from edgebolt.common.federated import Algorithm, Sizes
 
 
 class Watch(L.Callback):
@@ -24,9 +25,11 @@ class Watch(L.Callback):
         self.steps.append(0)
         self.rates.append(set())
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.rates[-1].add(trainer.optimizers[0].param_groups[0]["lr"])
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.steps[-1] += 1
-        self.rates[-1].add(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_validation_start(self, trainer, module):
         self.validated.append(
@@ -45,17 +48,20 @@ class Bar(TQDMProgressBar):
 def planned(name, module=None, **trainer):
     """A run of a row of the table, and the steps of each round's plan, cuts included."""
     row = ALGORITHMS[name]
-    algorithm, plans = row.algorithm(), []
-    strategy, module = row.make(algorithm)
-    plan = algorithm.plan
+    strategy, module = row.make()
+    plan, cut, plans = strategy.algorithm.plan, strategy.fleet.cut, []
 
-    def recorded(server):
+    def recorded_plan(server):
         visits = plan(server)
-        cuts = [strategy.fleet.cut(v.client, v.steps, server.round, v.stage, v.lane) for v in visits]
-        plans.append(sum(v.steps if cut is None else cut for v, cut in zip(visits, cuts, strict=True)))
+        plans.append(sum(visit.steps for visit in visits))
         return visits
 
-    algorithm.plan = recorded
+    def recorded_cut(client, steps, *args, **kwargs):
+        dies_at = cut(client, steps, *args, **kwargs)
+        plans[-1] -= 0 if dies_at is None else steps - dies_at
+        return dies_at
+
+    strategy.algorithm.plan, strategy.fleet.cut = recorded_plan, recorded_cut
     return fit(strategy, module, rounds=row.rounds, **trainer), plans
 
 
@@ -109,11 +115,10 @@ def test_early_stopping_on_a_round_figure():
 
 
 def test_epoch_schedules_count_rounds():
-    watch, monitor = Watch(), LearningRateMonitor("epoch")
+    watch = Watch()
     run = fit(make_strategy(fleet=failing()), rounds=4, callbacks=[watch])
     assert watch.rates == [{0.1}, {0.05}, {0.025}, {0.0125}]
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**4
-    assert monitor.logging_interval == "epoch"
 
 
 def test_step_schedules_count_local_steps():
@@ -131,7 +136,9 @@ def test_a_plateau_schedule_sees_each_round():
     class Plateau(Net):
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), 0.1)
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=100.0)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, patience=0, factor=0.5, threshold_mode="abs", threshold=9.0
+            )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
 
     watch = Watch()
@@ -141,11 +148,7 @@ def test_a_plateau_schedule_sees_each_round():
 
 def test_visits_may_set_optimizer_values():
     def slower(server, visits):
-        from dataclasses import replace
-
         return [replace(visit, optimizer={"lr": 0.01 * (1 + visit.client)}) for visit in visits]
-
-    from edgebolt.common.federated import Algorithm
 
     seen = {}
 
@@ -162,8 +165,6 @@ def test_visits_may_set_optimizer_values():
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_steps_of_a_visit_follow_the_loader(drop_last):
-    from runs import train_loader
-
     watch = Watch()
     fit(make_strategy(per_round=6), train=train_loader(drop_last=drop_last), rounds=1, callbacks=[watch])
     assert watch.steps == [sum(n // BATCH if drop_last else -(-n // BATCH) for n in SAMPLES)]

@@ -168,7 +168,7 @@ def test_failures_are_frequent_as_stated_and_uniform_in_place():
     assert all(abs(count - len(died) / 5) < 80 for count in counts.values())  # about four standard deviations
 
 
-def test_failures_belong_to_seed_round_client_lane_and_stage_alone():
+def test_failures_belong_to_seed_round_client_and_stage_alone():
     fleet = Fleet.uniform(1000, replace(PHONE, failure_rate=0.5), seed=0)
 
     def pattern(fleet, **where):
@@ -176,13 +176,12 @@ def test_failures_belong_to_seed_round_client_lane_and_stage_alone():
 
     base = pattern(fleet)
     assert base == pattern(fleet)
-    assert base == pattern(fleet, stage=0, lane="0")
+    assert base == pattern(fleet, stage=0)
     # another population, another link, another speed: the same failures
     assert base == pattern(Fleet.jetson(200, seed=0, failure_rate=0.5))
     others = [
         pattern(fleet, round=4),
         pattern(fleet, stage=1),
-        pattern(fleet, lane="1"),
         pattern(Fleet.uniform(1000, replace(PHONE, failure_rate=0.5), seed=1)),
     ]
     assert all(base != other for other in others)

@@ -97,7 +97,7 @@ def _capture(module: LightningModule, logged: dict[str, list[tuple[LogValue, int
         batch_size: int | None = None,
         **kwargs: object,
     ) -> None:
-        if isinstance(dictionary, MetricCollection):  # by reference: a copy would cut the groups of shared states
+        if isinstance(dictionary, MetricCollection):  # by reference: nothing is gained by copies of states
             dictionary = dict(dictionary.items(keep_base=False, copy_state=False))
         for name, value in dictionary.items():
             log(name, value, batch_size=batch_size)

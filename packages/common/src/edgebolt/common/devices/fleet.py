@@ -261,11 +261,11 @@ class Fleet:
             online_rate=float(self._table["online_rate"][row]),
         )
 
-    def cut(self, client: int, steps: int, round: int, stage: int = 0, lane: str = "0") -> int | None:
+    def cut(self, client: int, steps: int, round: int, stage: int = 0) -> int | None:
         """The step after which a visit dies.
 
         A visit fails with the device's ``failure_rate``, at a place that is uniform over ``0 .. steps``. The draw
-        belongs to (seed, round, client, lane, stage) alone: it is the same for every algorithm, and a rate that is
+        belongs to (seed, round, client, stage) alone: it is the same for every algorithm, and a rate that is
         raised keeps the failures of the lower one.
 
         Args:
@@ -273,7 +273,6 @@ class Fleet:
             steps: Training steps of the visit; 0 is a visit without training.
             round: Number of the round, from 0.
             stage: Stage of the visit in its lane.
-            lane: Lane of the visit.
 
         Returns:
             Steps that are done when the visit dies, ``0 .. steps`` (``steps`` itself: only the upload is lost), or
@@ -299,7 +298,7 @@ class Fleet:
         rate = self._rows_of(round)["failure_rate"][client]
         if rate == 0:
             return None
-        chance, place = stream(self.seed, "failure", round, client, lane, stage).random(2)
+        chance, place = stream(self.seed, "failure", round, client, stage).random(2)
         return int(place * (steps + 1)) if chance < rate else None
 
     def _check_client(self, client: int) -> None:

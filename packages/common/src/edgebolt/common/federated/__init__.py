@@ -7,8 +7,12 @@ from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
 from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
 from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
+from edgebolt.common.federated.results import common_target, read_rounds, time_to
+from edgebolt.common.federated.results_plot import compare
+from edgebolt.common.federated.round_plot import plot_round
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.strategy import FederatedStrategy
+from edgebolt.common.federated.summary import FederatedSummary
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Update, Visit
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "FedProx",
     "FedProxStrategy",
     "FederatedStrategy",
+    "FederatedSummary",
     "KeepMoments",
     "Outcome",
     "Partition",
@@ -37,4 +42,9 @@ __all__ = [
     "Update",
     "Visit",
     "WeightedMean",
+    "common_target",
+    "compare",
+    "plot_round",
+    "read_rounds",
+    "time_to",
 ]

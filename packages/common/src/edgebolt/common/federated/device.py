@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from edgebolt.common.devices import DeviceProfile
 from edgebolt.common.quiet import quiet
@@ -79,6 +80,9 @@ class Device:
         loader: Iterable[Any] = self.data(split)
         with quiet(module) as logged, torch.no_grad():
             module.eval()
+            for part in module.modules():
+                if isinstance(part, Metric):
+                    part.reset()  # a state that the Trainer left is not this client's; it is put back afterwards
             for index, batch in enumerate(islice(loader, batches)):
                 module.validation_step(self._to_device(batch), index)
             return {name: _mean(values) for name, values in logged.items()}
@@ -86,7 +90,7 @@ class Device:
 
 def _mean(values: list[tuple[Any, int | None]]) -> float:
     last = values[-1][0]
-    if hasattr(last, "compute"):  # a torchmetrics.Metric has accumulated over the batches by itself
+    if isinstance(last, Metric):  # it has accumulated over the batches by itself
         return float(last.compute())
     weights = [1 if size is None else size for _, size in values]
     return sum(float(value) * weight for (value, _), weight in zip(values, weights, strict=True)) / sum(weights)

@@ -62,6 +62,7 @@ class Serial:
         self.places: Tensors = {**trained, **{n: b for n, b in buffers.items() if b.is_floating_point()}}
         self.counters = {name: (b, b.clone()) for name, b in buffers.items() if not b.is_floating_point()}
         self.initial = self.tensors()  # what every device has from the beginning
+        self.precision = dict(trainer.precision_plugin.state_dict())  # a gradient scaler's beginning; else empty
 
     def tensors(self) -> Tensors:
         """A copy of what is federated: trainable parameters and floating buffers, as they are now."""
@@ -99,6 +100,8 @@ class Serial:
         self.seed_step(0)
         if self.trainer.optimizers:
             self.trainer.optimizers[0].state.clear()
+        if self.precision:
+            self.trainer.precision_plugin.load_state_dict(self.precision)
         for callback in self.callbacks:
             callback.on_client_start(self.trainer, self.module, self.device, visit)
 
@@ -147,6 +150,7 @@ class Serial:
         return {
             "tensors": {**self.tensors(), **{name: counter.clone() for name, (counter, _) in self.counters.items()}},
             "moments": dict(self.trainer.optimizers[0].state),
+            "precision": dict(self.trainer.precision_plugin.state_dict()),
         }
 
     def unpark(self, visit: Visit, round: int) -> None:
@@ -162,9 +166,11 @@ class Serial:
         state = self.trainer.optimizers[0].state
         state.clear()
         state.update(local["moments"])
+        if local["precision"]:
+            self.trainer.precision_plugin.load_state_dict(local["precision"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Device memories and the open visit; the moments travel with the optimizer's own state."""
+        """Device memories and the open visit; moments and scaler travel with the optimizer and the precision."""
         local = self.parked or (self._local() if self.device is not None else None)
         return {
             "memories": self.memories,
@@ -179,4 +185,8 @@ class Serial:
         self.device = None
         self.parked = None
         if state["local"] is not None:
-            self.parked = {"tensors": state["local"], "moments": dict(self.trainer.optimizers[0].state)}
+            self.parked = {
+                "tensors": state["local"],
+                "moments": dict(self.trainer.optimizers[0].state),
+                "precision": dict(self.trainer.precision_plugin.state_dict()),
+            }
