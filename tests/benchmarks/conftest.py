@@ -1,6 +1,17 @@
 """``--bench-group=NAME`` keeps the benchmarks of one ``@pytest.mark.benchmark(group=NAME)``; see ``make bench``."""
 
+import logging
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
+import torch
+
+# The helpers of this folder are plain modules beside the tests: importlib mode puts no folder on the path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
@@ -22,3 +33,31 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"no benchmark has group {wanted!r}; there are {sorted(groups)}")
     config.hook.pytest_deselected(items=[item for item in items if group_of(item) != wanted])
     items[:] = [item for item in items if group_of(item) == wanted]
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_single_threaded():
+    threads = torch.get_num_threads()
+    loggers = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    torch.set_num_threads(1)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def conditions(request, quiet_and_single_threaded):
+    """Under which conditions a row was measured, in its ``extra_info``."""
+    if "benchmark" in request.fixturenames:
+        names = ("torch", "lightning", "numpy", "safetensors")
+        request.getfixturevalue("benchmark").extra_info.update(
+            seed=0,
+            torch_threads=torch.get_num_threads(),
+            versions={"python": platform.python_version(), **{name: version(name) for name in names}},
+        )

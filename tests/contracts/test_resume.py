@@ -98,15 +98,41 @@ def test_max_steps(optimizer, tmp_path):
         assert_same(fit(*keeping(), ckpt_path=tmp_path / "stopped.ckpt"), whole, f"max_steps={step}")
 
 
+class Hourglass(Timer):
+    """Lightning's own ``max_time``, on a clock that ticks with the steps."""
+
+    ticks = 0
+
+    def on_train_batch_end(self, *args):
+        self.ticks += 1
+        super().on_train_batch_end(*args)
+
+    def time_elapsed(self, *args):
+        return float(self.ticks)
+
+
 def test_max_time(tmp_path):
-    """The real Timer, which is over after the first step."""
-    stopped = fit(callbacks=[Timer({"seconds": 0}), every_step(tmp_path)])
-    assert 0 < stopped.trainer.global_step < 5
+    stopped = fit(callbacks=[Hourglass({"seconds": 5}), every_step(tmp_path)])
+    assert stopped.trainer.global_step == 5
     assert holds(stopped.module.state_dict(), stopped.model)
     assert_same(fit(ckpt_path=by_step(tmp_path)[-1]), fit())
 
 
+def test_validation_before_a_stop_sees_global_weights():
+    """Lightning validates once more when it is asked to stop."""
+    seen = []
+
+    class Look(L.Callback):
+        def on_validation_batch_start(self, trainer, module, *args):
+            seen.append(holds(module.state_dict(), trainer.strategy.server.models["global"]))
+
+    for step in range(1, 8):
+        fit(callbacks=[Stop(step), Look()])
+    assert all(seen)
+
+
 HOOKS = ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"]
+STATELESS = "changing ranks"  # no BatchNorm, whose statistics a repeated forward pass counts twice
 
 
 @pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits", "changing ranks", "buffered"])
@@ -114,19 +140,22 @@ HOOKS = ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step
 def test_ctrl_c(hook, name, tmp_path):
     row = ALGORITHMS[name]
     whole = fit(*row.make(), rounds=row.rounds)
-    for step in (1, 4, 7, 10, 13):
+    for step in (2, 5, 7, 10, 13):
         strategy, module = row.make()
         folder = tmp_path / str(step)
         with pytest.raises(SystemExit):
-            # the checkpoint of a step is written before the user's other callbacks hear of the step's end
-            fit(strategy, module, rounds=row.rounds, callbacks=[every_step(folder), Raise(hook, step, KeyboardInterrupt())])
+            interrupt = Raise(hook, step, KeyboardInterrupt())
+            fit(strategy, module, rounds=row.rounds, callbacks=[every_step(folder), interrupt])
         assert holds(module.state_dict(), strategy.server.models["global"]), step
         resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=by_step(folder)[-1])
         assert_same(resumed, whole, f"{hook} at step {step}")
 
 
-@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits", "changing ranks", "buffered"])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("hook", "name"),
+    [(hook, STATELESS) for hook in HOOKS]
+    + [(hook, name) for hook in (HOOKS[0], HOOKS[-1]) for name in ALGORITHMS if name != STATELESS],
+)
 def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
     row = ALGORITHMS[name]
     whole = fit(*row.make(), rounds=row.rounds)
@@ -160,7 +189,8 @@ def test_an_interrupted_run_goes_on_with_the_same_objects(tmp_path):
     with pytest.raises(SystemExit):
         interrupt = Raise("on_train_batch_start", 6, KeyboardInterrupt())
         fit(strategy, module, callbacks=[every_step(tmp_path), interrupt])
-    assert_same(fit(strategy, module, ckpt_path=by_step(tmp_path)[-1]), whole)
+    # Lightning refuses accelerator="cpu" beside a strategy object that has got its accelerator already
+    assert_same(fit(strategy, module, ckpt_path=by_step(tmp_path)[-1], accelerator="auto"), whole)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

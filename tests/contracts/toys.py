@@ -218,6 +218,12 @@ class Clusters(Algorithm):
             start = server.models[closed.outcomes[0].visit.start]
             server.models[f"cluster/{closed.lane}"] = self.aggregator(server, start, updates)
 
+    def finish(self, server, outcomes):
+        clusters = [model for name, model in sorted(server.models.items()) if name.startswith("cluster/")]
+        if clusters:
+            server.models["global"] = {n: sum(c[n] for c in clusters) / len(clusters) for n in clusters[0]}
+        super().finish(server, outcomes)
+
     def evaluation(self, server):
         return [Evaluation(self.model_of(server, client), client) for client in range(server.population)]
 

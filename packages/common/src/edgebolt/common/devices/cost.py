@@ -150,10 +150,11 @@ class CostModel:
             raise ValueError(f"batch_size must be at least 1 sample, got {batch_size!r}")
         if self.flops_per_sample is not None:
             return float(self.flops_per_sample)
-        if self._module is not None and self._module() is not module:
-            self._counted.clear()
-        self._module = weakref.ref(module)
-        key = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_jsonable)
+        if self._module is None or self._module() is not module:
+            if self._module is not None:
+                self._counted.clear()
+            self._module = weakref.ref(module)
+        key = "{}" if not settings else json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_jsonable)
         if key not in self._counted:
             self._counted[key] = self._count(module, batch, batch_size, settings) / batch_size
         return self._counted[key]

@@ -25,15 +25,15 @@ def require_lightning_trainer(trainer: Any, who: str) -> None:
         )
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
+def check_trainer(trainer: pl.Trainer, devices: int) -> None:
     """Refuse Trainer arguments that cut across clients.
 
     Raises:
         ValueError: with the remedy.
     """
-    if trainer.num_devices > 1 or trainer.num_nodes > 1:
+    if devices > 1 or trainer.num_nodes > 1:
         raise ValueError(
-            f"devices={trainer.num_devices}, num_nodes={trainer.num_nodes}: visits run one after the other in one "
+            f"devices={devices}, num_nodes={trainer.num_nodes}: visits run one after the other in one "
             "process; use devices=1."
         )
     if trainer.accumulate_grad_batches != 1:

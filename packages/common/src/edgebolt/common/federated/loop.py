@@ -152,12 +152,12 @@ class FederatedLoop:
         if not stages:
             del self.waiting[visit.lane]
         flight = self.flights.setdefault(visit.lane, Flight(visit.stage, server.now))
-        message = Message({}, {})
-        if visit.start is not None:
-            if visit.start not in server.models:
-                raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
-            message = self.algorithm.download(server, visit)
-        message = message.with_header(visit=visit.order())
+        if visit.start is None:
+            message = Message({}, {"visit": visit.order()})
+        elif visit.start in server.models:
+            message = self.algorithm.download(server, visit).with_header(visit=visit.order())
+        else:
+            raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
         self.sent_bytes = message.nbytes
         server.ledger.add(
             round=server.round, client=visit.client, direction="down", nbytes=self.sent_bytes, time=flight.opened
@@ -213,32 +213,34 @@ class FederatedLoop:
         lane = min(closing, key=lambda lane: (closing[lane], lane))
         flight = self.flights.pop(lane)
         server.clock.advance_to(max(server.now, closing[lane]))
-        arrivals = [(self._booked(outcome, closing[lane]), message) for outcome, message in flight.arrivals]
+        arrivals = [(_closed(outcome, closing[lane]), message) for outcome, message in flight.arrivals]
         arrivals.sort(key=lambda arrival: arrival[0].visit.client)
         updates = [Update(outcome, message) for outcome, message in arrivals if outcome.delivered and message]
         outcomes = [outcome for outcome, _ in arrivals]
-        for outcome in outcomes:
-            server.clock.spend(outcome.energy)
+        self._book(outcomes)
         self.algorithm.aggregate(server, Closed(lane, flight.stage, updates, outcomes))
         server.forget_shared()
         self.outcomes += outcomes
 
-    def _booked(self, outcome: Outcome, closing: float) -> Outcome:
-        if outcome.delivered and outcome.finished > closing:
-            outcome = replace(outcome, delivered=False, reason="late")
-        outcome = replace(outcome, waited=max(0.0, closing - outcome.finished))
-        reports, client = self.server.reports, outcome.visit.client
-        reports["visits"][client] += 1
-        if outcome.delivered:
-            reports["last_round"][client] = self.server.round
-            if outcome.steps:
-                reports["step_seconds"][client] = outcome.compute_seconds / outcome.steps
-            if outcome.down_seconds:
-                reports["down_bps"][client] = 8 * outcome.down_bytes / outcome.down_seconds
-            if outcome.up_seconds:
-                reports["up_bps"][client] = 8 * outcome.up_bytes / outcome.up_seconds
-            self.server.record(client, outcome.report)
-        return outcome
+    def _book(self, outcomes: list[Outcome]) -> None:
+        """What the server learns of its devices when a stage has closed."""
+        server = self.server
+        for outcome in outcomes:
+            server.clock.spend(outcome.energy)
+        server.reports["visits"][[outcome.visit.client for outcome in outcomes]] += 1
+        delivered = [outcome for outcome in outcomes if outcome.delivered]
+        server.reports["last_round"][[outcome.visit.client for outcome in delivered]] = server.round
+        measured = {
+            "step_seconds": [(o.visit.client, o.compute_seconds / o.steps) for o in delivered if o.steps],
+            "down_bps": [(o.visit.client, 8 * o.down_bytes / o.down_seconds) for o in delivered],
+            "up_bps": [(o.visit.client, 8 * o.up_bytes / o.up_seconds) for o in delivered],
+        }
+        for name, pairs in measured.items():
+            if pairs:
+                clients, values = zip(*pairs, strict=True)
+                server.reports[name][list(clients)] = torch.tensor(values, dtype=torch.float64)
+        for outcome in delivered:
+            server.record(outcome.visit.client, outcome.report)
 
     def _finish(self) -> None:
         self.algorithm.finish(self.server, self.outcomes)
@@ -334,6 +336,13 @@ class FederatedLoop:
         self.losses, self.loss_sum = list(state["losses"]), state["loss_sum"]
         self.bytes_before, self.energy_before = tuple(state["bytes_before"]), state["energy_before"]
         self.history = list(state["history"])
+
+
+def _closed(outcome: Outcome, closing: float) -> Outcome:
+    """The outcome of a visit whose stage closes at a simulated instant."""
+    if outcome.delivered and outcome.finished > closing:
+        outcome = replace(outcome, delivered=False, reason="late")
+    return replace(outcome, waited=max(0.0, closing - outcome.finished))
 
 
 def _queued(visits: list[Visit]) -> dict[str, dict[int, list[int]]]:

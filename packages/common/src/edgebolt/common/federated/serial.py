@@ -52,10 +52,12 @@ class Serial:
         self.trainer, self.module, self.algorithm, self.callbacks = trainer, module, algorithm, callbacks
         self.make_device, self.seed = make_device, seed
         self.memories: dict[int, dict[str, Any]] = {}
+        self.touched: set[int] = set()  # clients whose memory may have changed since the last checkpoint
         self.device: Device | None = None
         self.start: Tensors = {}
         self.parked: dict[str, Any] | None = None
         self._step_seed = 0
+        self._on_cuda = module.device.type == "cuda"
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         persistent = module.state_dict().keys()
         buffers = {name: b for name, b in module.named_buffers() if name in persistent}
@@ -83,6 +85,7 @@ class Serial:
     def open(self, visit: Visit, message: Message, round: int) -> None:
         """The device receives the message, installs it and gets ready to train."""
         memory = self.memories.setdefault(visit.client, {})
+        self.touched.add(visit.client)
         self.device = self.make_device(visit.client, memory)
         tensors = {} if visit.start is None else self.algorithm.down.decode(message, memory)
         for callback in self.callbacks:
@@ -109,7 +112,7 @@ class Serial:
         """Set the global random states for one step; a few microseconds."""
         seed = (self._step_seed + step) % 2**63
         torch.default_generator.manual_seed(seed)
-        if self.module.device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -23,13 +24,14 @@ from edgebolt.common.federated.checks import check_optimizers, check_trainable, 
 from edgebolt.common.federated.client import ClientCallback
 from edgebolt.common.federated.client_data import ClientData, Clients, check_loader, make_client_data
 from edgebolt.common.federated.device import Device
+from edgebolt.common.federated.device_files import DeviceFiles
 from edgebolt.common.federated.loop import FederatedLoop
 from edgebolt.common.federated.partition import IID
 from edgebolt.common.federated.round_hooks import RoundHooks
 from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
 from edgebolt.common.federated.serial import Serial
 from edgebolt.common.federated.server import Server
-from edgebolt.common.federated.shortcuts import Shortcuts
+from edgebolt.common.federated.shortcuts import Shortcuts, SilentProfiler
 from edgebolt.common.federated.visit import Evaluation, Visit
 
 __all__ = ["FederatedStrategy"]
@@ -104,12 +106,13 @@ class FederatedStrategy(SingleDeviceStrategy):
         self.clients: Clients = IID(10) if clients is None else clients
         self.per_round, self.local_epochs, self.local_steps = per_round, local_epochs or 1, local_steps
         self.fleet, self.cost, self.seed = fleet, cost or CostModel(), seed
-        self.parallel_devices: list[torch.device] | None = None  # set by the Trainer's accelerator
+        self._devices: list[torch.device] = []
         self.clock, self.ledger = Clock(), TrafficLedger()
         self.loop: FederatedLoop | None = None
         self._data: ClientData | None = None
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
         self._nominal: Any = None
+        self._files = DeviceFiles()
         self._shortcuts = Shortcuts()
         self._hooks = RoundHooks(self)
         self._callbacks: list[ClientCallback] = []
@@ -126,7 +129,16 @@ class FederatedStrategy(SingleDeviceStrategy):
     @property
     def root_device(self) -> torch.device:
         """The one device that the accelerator chose."""
-        return self.parallel_devices[0] if self.parallel_devices else torch.device("cpu")
+        return self._devices[0] if self._devices else torch.device("cpu")
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """Nothing, so that the strategy may serve another Trainer; set by each Trainer's accelerator."""
+        return None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        self._devices = devices
 
     @property
     def server(self) -> Server:
@@ -159,7 +171,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         trainer = self._trainer
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        check_trainer(trainer)
+        check_trainer(trainer, len(self._devices))
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [self._hooks, *self.algorithm.client]
         theirs = [callback for callback in callbacks if not any(callback is mine for mine in ours)]
@@ -276,6 +288,9 @@ class FederatedStrategy(SingleDeviceStrategy):
         """See which hooks of a step nobody implements."""
         super().on_train_start()
         self._shortcuts = Shortcuts.of(self._trainer)
+        trainer: Any = self._trainer
+        if type(trainer.profiler) is PassThroughProfiler:
+            trainer.profiler = SilentProfiler()
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The batch on the device, by the module's own hooks."""
@@ -337,8 +352,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             self._nominal = self._to_device(self._nominal_batch())
         nominal_size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
         size = visit.batch_size or data.template_of(visit.client).batch_size or 1
-        with self.precision_plugin.train_step_context():
-            return size * self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
+        return size * self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -373,16 +387,35 @@ class FederatedStrategy(SingleDeviceStrategy):
                 "weights with YourModule.load_from_checkpoint(path) and start fit() without ckpt_path."
             )
         self._saved = saved.pop(_KEY)
+        devices = self._saved["devices"]
+        devices["memories"] = self._files.get(devices["memories"], checkpoint[_KEY])
         super().load_optimizer_state_dict({"optimizer_states": [saved]})
         if self.loop is not None:  # the module asked for trainer.estimated_stepping_batches
             self.loop.load_state_dict(self._saved)
             self._saved = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write large device memories beside the checkpoint, then the checkpoint."""
+        states = checkpoint.get("optimizer_states") or [{}]
+        if _KEY in states[0] and self.loop is not None:
+            devices = self.loop.devices
+            touched, devices.touched = devices.touched, set() if devices.device is None else {devices.device.id}
+            state = {**states[0][_KEY]["devices"], "memories": self._files.put(devices.memories, touched, filepath)}
+            states[0][_KEY]["devices"] = state
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._files.sweep()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a checkpoint and the device memories that only it needs."""
+        super().remove_checkpoint(filepath)
+        self._files.forget(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and let Lightning's counters agree with the round's."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         states = checkpoint.get("optimizer_states") or [{}]
         if _KEY in states[0]:
+            checkpoint[_KEY] = str(checkpoint_path)  # large device memories lie beside it
             _align_counters(checkpoint["loops"]["fit_loop"], running=states[0][_KEY]["running"])
         return checkpoint
 

