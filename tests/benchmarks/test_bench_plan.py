@@ -59,7 +59,9 @@ def timed(benchmark, target, setup):
 def test_numpy_choice(benchmark, rounds):
     """The baseline: the draw alone."""
     online = np.flatnonzero(rounds.fleet.at(0).online)
-    chosen = timed(benchmark, lambda: rounds.server.rng("selection").choice(online, COHORT, replace=False), rounds.next)
+    chosen = timed(
+        benchmark, lambda: rounds.server.rng("selection").choice(online, COHORT, replace=False), rounds.next
+    )
     assert len(set(chosen.tolist())) == COHORT
 
 

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 def quiet_and_single_threaded():
     """No banners, one thread, and the handler of Ctrl-C that Lightning takes away when it is pressed."""
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    names = ["lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.cloud_io"]
-    loggers = [logging.getLogger(name) for name in (*names, "edgebolt.common.federated.loop")]
+    lightning = ["lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.cloud_io"]
+    foreign = ["pytorch_lightning", "pytorch_lightning.utilities.rank_zero"]  # takes over once it is imported
+    loggers = [logging.getLogger(name) for name in (*lightning, *foreign, "edgebolt.common.federated.loop")]
     levels = [logger.level for logger in loggers]
     torch.set_num_threads(1)
     for logger in loggers:

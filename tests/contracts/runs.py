@@ -18,7 +18,7 @@ LR = {"sgd": 0.1, "adamw": 0.01}
 
 
 class Net(L.LightningModule):
-    """Everything that makes resuming hard: dropout, BatchNorm with its counter, an optimizer with moments, a schedule."""
+    """What makes resuming hard: dropout, BatchNorm with its counter, an optimizer with moments, a schedule."""
 
     def __init__(self, optimizer="sgd"):
         super().__init__()
@@ -74,13 +74,13 @@ class LowRankNet(Net):
         return self.head(self.body(F.relu(x @ self.down.T @ self.up.T)))
 
 
-def tensors(samples=sum(SAMPLES), seed=1):
+def tensors(samples, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, 8, generator=generator)
     return TensorDataset(x, (x[:, :3] + torch.randn(samples, 3, generator=generator)).argmax(1))
 
 
-TRAIN = tensors()
+TRAIN = tensors(sum(SAMPLES), seed=1)
 VAL = tensors(20, seed=2)
 
 
@@ -126,7 +126,7 @@ def fit(strategy=None, module=None, *, rounds=3, train=None, val=None, ckpt_path
     strategy = make_strategy() if strategy is None else strategy
     module = Net() if module is None else module
     run = Run(strategy, module, make_trainer(strategy, rounds, **trainer))
-    train, val = train or train_loader(), val or val_loader()
+    train, val = train_loader() if train is None else train, val_loader() if val is None else val
     run.trainer.fit(module, train, val, ckpt_path=ckpt_path, weights_only=weights_only)
     return run
 

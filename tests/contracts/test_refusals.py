@@ -1,6 +1,5 @@
 """What cannot be federated is refused before it starts, and the message says what to do instead."""
 
-import lightning as L
 import pytest
 import torch
 from runs import CLIENTS, TRAIN, Net, fit, make_strategy, make_trainer, train_loader, val_loader
@@ -45,11 +44,6 @@ class SeveralOptimizers(Net):
         return torch.optim.SGD(self.body.parameters(), 0.1), torch.optim.SGD(self.head.parameters(), 0.1)
 
 
-class NoOptimizer(Net):
-    def configure_optimizers(self):
-        return None
-
-
 class Manual(Net):
     def __init__(self):
         super().__init__()
@@ -70,7 +64,6 @@ class Frozen(Net):
     ("module", "remedy"),
     [
         (SeveralOptimizers, "use parameter groups of one optimizer"),
-        (NoOptimizer, "use parameter groups of one optimizer|return an optimizer"),
         (Manual, "return the loss from training_step"),
         (ManualWithSeveral, "return the loss from training_step"),
         (Frozen, "unfreeze some"),
@@ -99,6 +92,7 @@ class Batches:
 
 
 UNSIZED = "give every client its own"
+ONE = "(?i)one (training )?(data)?loader"
 CUT = "use batch_size=|use shuffle=True"
 
 
@@ -113,8 +107,8 @@ CUT = "use batch_size=|use shuffle=True"
         (lambda: DataLoader(TRAIN, batch_size=None), ValueError, CUT),
         (lambda: DataLoader(TRAIN, 4, sampler=WeightedRandomSampler(torch.ones(56), 56)), ValueError, CUT),
         (lambda: DataLoader(TRAIN, 4, sampler=torch.utils.data.SubsetRandomSampler(range(9))), ValueError, CUT),
-        (lambda: {"a": train_loader(), "b": train_loader()}, (TypeError, ValueError), "(?i)one (training )?(data)?loader"),
-        (lambda: [train_loader(), train_loader()], (TypeError, ValueError), "(?i)one (training )?(data)?loader"),
+        (lambda: {"a": train_loader(), "b": train_loader()}, (TypeError, ValueError), ONE),
+        (lambda: [train_loader(), train_loader()], (TypeError, ValueError), ONE),
     ],
     ids=["iterable", "unsized", "no DataLoader", "batch_sampler", "list of batches", "no batches", "sampler",
          "subset sampler", "dict of loaders", "list of loaders"],
@@ -153,12 +147,22 @@ def test_a_random_sampler_that_draws_with_replacement_is_not_silently_replaced()
         ({"per_round": CLIENTS + 1}, "more than the 6 clients"),
         ({"fleet": Fleet.uniform(CLIENTS + 1)}, "one device each"),
         ({"clients": lambda client: TRAIN}, r"fleet=Fleet\.uniform"),
-        ({"clients": Dirichlet(90, alpha=0.5)}, "take at most"),
-        ({"clients": 7}, "(?i)partition"),
+        ({"clients": Dirichlet(90, alpha=0.5)}, "at most 56 clients"),
+        ({"clients": 7}, r"(?i)partition|IID\(7\)"),
         ({"clients": []}, "(?i)client"),
         ({"clients": [TRAIN, 3], "per_round": 1}, "(?i)dataset"),
     ],
-    ids=["empty client", "empty dataset", "cohort", "fleet", "callable", "too many", "a number", "nobody", "no dataset"],
+    ids=[
+        "empty client",
+        "empty dataset",
+        "cohort",
+        "fleet",
+        "callable",
+        "too many",
+        "a number",
+        "nobody",
+        "no dataset",
+    ],
 )
 def test_populations(arguments, remedy):
     with pytest.raises((ValueError, TypeError), match=remedy):
@@ -226,7 +230,7 @@ def test_an_enrolment_that_trains():
         def enrol(self, server):
             return [Visit(0, 3)]
 
-    with pytest.raises(ValueError, match="in the first round"):
+    with pytest.raises(ValueError, match="train a probe"):
         fit(make_strategy(Trains()))
 
 
@@ -258,7 +262,7 @@ def test_a_checkpoint_of_a_plain_run(tmp_path):
 def test_a_checkpoint_of_another_population(tmp_path):
     run = fit(make_strategy(clients=IID(5)), rounds=1)
     run.trainer.save_checkpoint(tmp_path / "five.ckpt")
-    with pytest.raises(ValueError, match="(?i)clients"):
+    with pytest.raises(ValueError, match=r"(?i)clients"):
         fit(rounds=3, ckpt_path=tmp_path / "five.ckpt")
 
 

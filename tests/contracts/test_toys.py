@@ -1,5 +1,8 @@
 """What each toy algorithm is there to show, beside resuming: times, memories, models, in closed form."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -8,7 +11,7 @@ from runs import BATCH, CLIENTS, SAMPLES, TRAIN, WITH_VAL, LowRankNet, fit, hold
 from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel
 
 from edgebolt.common.devices import CostModel, Fleet
-from edgebolt.common.federated import FedAvg, Sizes
+from edgebolt.common.federated import Algorithm, FedAvg, Sizes
 
 
 def outcomes_of(strategy, module=None, **trainer):
@@ -72,10 +75,6 @@ def test_plain_rounds_take_as_long_as_their_slowest_visit():
 
 
 def test_a_visit_costs_what_its_own_batch_size_costs():
-    from dataclasses import replace
-
-    from edgebolt.common.federated import Algorithm
-
     def halved(server, visits):
         return [replace(visit, batch_size=2, steps=4) for visit in visits]
 
@@ -117,10 +116,21 @@ def test_interrupted_visits_are_finished_later():
 
 
 def test_an_interrupted_visit_loses_no_step():
-    """A device that dies and goes on has trained with the same batches as one that never died."""
-    run = fit(make_strategy(Patience(), fleet=failing(0.5)), rounds=8)
-    memories = run.strategy.loop.devices.memories
-    assert any(not torch.equal(m["sent"]["head.weight"], m["reached"]["head.weight"]) for m in memories.values())
+    """What a device had reached when it died is where its next visit starts."""
+    reached, started = {}, []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            loop = trainer.strategy.loop
+            if loop.visit.start is None and loop.done == 0:
+                started.append(holds(module.state_dict(), reached[loop.visit.client]))
+
+        def on_train_batch_end(self, trainer, module, *args):
+            for client, memory in trainer.strategy.loop.devices.memories.items():
+                reached[client] = memory["reached"]
+
+    fit(make_strategy(Patience(), fleet=failing(0.5)), rounds=8, callbacks=[Look()])
+    assert len(started) > 2 and all(started)
 
 
 def test_stale_models_are_completed_from_memory():
@@ -170,7 +180,7 @@ def test_ranks_change_shapes_bytes_and_cost():
     for outcome in rounds[0]:
         by_rank.setdefault(outcome.visit.settings["rank"], set()).add(outcome.compute_seconds)
     assert all(len(times) == 1 for times in by_rank.values())
-    assert by_rank[1] < by_rank[2] or min(by_rank[1]) < min(by_rank[2]) < min(by_rank[4])
+    assert min(by_rank[1]) < min(by_rank[2]) < min(by_rank[4])
     assert {tuple(run.module.down.shape), tuple(run.module.up.shape)} == {(4, 8), (12, 4)}
     assert holds(run.module.state_dict(), run.model)
 
@@ -214,34 +224,32 @@ def test_updates_stay_in_flight_past_the_round():
     lanes = {}
     for outcome in (o for outcomes in rounds for o in outcomes):
         lanes.setdefault(outcome.visit.lane, []).append(outcome)
-    for outcomes in lanes.values():  # a slot does one visit after the other, and is never idle between two of a round
+    for outcomes in lanes.values():  # a slot does one visit after the other, and never two at once
         assert [o.visit.stage for o in outcomes] == list(range(len(outcomes)))
-        assert all(before.finished <= after.started for before, after in zip(outcomes, outcomes[1:], strict=False))
+        assert all(before.finished <= after.started for before, after in pairwise(outcomes))
     finished = [o.finished for outcomes in rounds for o in outcomes]
     assert finished == sorted(finished)  # delivered in the order of simulated time
     planned = 5 * 3 * 2
     assert 0 < planned - len(finished) <= Buffered.slots  # what the last round left in flight
-    assert [sum(s) for s in zip(*[(len(o),) for o in rounds], strict=True)] == [len(finished)]
     assert any(o.visit.stage < 2 * number for number, outcomes in enumerate(rounds) for o in outcomes)  # carried over
     assert len(run.strategy.server.memory["buffer"]) == len(finished) % 2
 
 
 class NaiveBuffered(Buffered):
-    """Numbers its stages from 0 in every round."""
+    """One visit for each slot and round, always in stage 0."""
 
     def plan(self, server):
-        from dataclasses import replace
-
-        return [replace(visit, stage=visit.stage - 2 * server.round) for visit in super().plan(server)]
+        return [replace(visit, stage=0) for visit in super().plan(server) if visit.stage == 2 * server.round]
 
 
 def test_a_new_rounds_visits_do_not_join_a_flight_of_the_last_round():
-    _, rounds = outcomes_of(make_strategy(NaiveBuffered(), fleet=Fleet.uniform(CLIENTS)), rounds=4)
+    _, rounds = outcomes_of(make_strategy(NaiveBuffered(), fleet=Fleet.uniform(CLIENTS)), rounds=6)
     lanes = {}
+    assert sum(len(outcomes) for outcomes in rounds) > 6
     for outcome in (o for outcomes in rounds for o in outcomes):
         lanes.setdefault(outcome.visit.lane, []).append(outcome)
     for outcomes in lanes.values():
-        assert all(before.finished <= after.started for before, after in zip(outcomes, outcomes[1:], strict=False))
+        assert all(before.finished <= after.started for before, after in pairwise(outcomes))
 
 
 @pytest.mark.parametrize("name", ["all die at once", "all die half-way", "all uploads lost", "all offline"])

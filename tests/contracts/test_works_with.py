@@ -60,7 +60,7 @@ def test_fast_dev_run():
     assert (count.steps, count.validations) == ([1], 1)
     assert run.strategy.history[0]["round/delivered"] == 1
     assert not holds(Net().state_dict(), run.model)
-    assert fit(fast_dev_run=3).trainer.global_step == 3 * 3
+    assert fit(fast_dev_run=3).trainer.global_step == 3  # Lightning's batches of one epoch
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -126,7 +126,12 @@ def test_check_val_every_n_epoch():
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("bf16-mixed", torch.float32), ("64-true", torch.float64), ("16-true", torch.float16), ("bf16-true", torch.bfloat16)],
+    [
+        ("bf16-mixed", torch.float32),
+        ("64-true", torch.float64),
+        ("16-true", torch.float16),
+        ("bf16-true", torch.bfloat16),
+    ],
 )
 def test_precision(precision, dtype, tmp_path):
     if precision == "16-true":
@@ -141,7 +146,8 @@ def test_precision(precision, dtype, tmp_path):
             seen.update(p.grad.dtype for p in module.parameters())
 
     def make():
-        return make_strategy(Algorithm(client=[Look()])), Net("adamw")
+        optimizer = "sgd" if precision == "16-true" else "adamw"  # whose epsilon is 0 in float16
+        return make_strategy(Algorithm(client=[Look()])), Net(optimizer)
 
     run = fit(*make(), precision=precision)
     assert seen == {dtype} == {tensor.dtype for tensor in run.model.values()}
@@ -243,7 +249,8 @@ class Net(L.LightningModule):
         return self.layer(batch[0]).square().mean()
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+             enable_model_summary=False)
 for name in ("fedavg", "fedprox"):
     trainer = L.Trainer(max_epochs=2, strategy=name, **quiet)
     trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(40, 3)), batch_size=2))
@@ -307,12 +314,13 @@ def test_one_algorithm_object_serves_several_runs():
     assert_same(second, first)
 
 
-def test_fit_goes_on_with_more_rounds():
-    strategy, module = make_strategy(), Net()
-    trainer = make_trainer(strategy, rounds=2)
-    trainer.fit(module, train_loader(), val_loader())
-    assert len(strategy.history) == 2
-    assert len({(e, c) for e, c in zip(*(strategy.ledger.entries()[k] for k in ("round", "client")), strict=True)}) == 6
+def test_validating_another_checkpoint_leaves_its_weights_in_the_module(tmp_path):
+    """As in any Trainer: ``validate(ckpt_path=...)`` after ``fit`` loads these weights."""
+    early = fit(rounds=1)
+    early.trainer.save_checkpoint(tmp_path / "early.ckpt")
+    run = fit()
+    run.trainer.validate(run.module, val_loader(), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert holds(run.module.state_dict(), early.model)
 
 
 # ----------------------------------------------------------------------------------------- loaders and datasets
@@ -382,7 +390,7 @@ class NamedNet(Net):
         return super().loss((batch["x"], batch["labels"]))
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", super().loss(batch.values().__iter__() if False else batch), batch_size=len(batch["x"]))
+        self.log("val_loss", self.loss(batch), batch_size=len(batch["x"]))
 
 
 def test_dict_batches():
@@ -412,7 +420,9 @@ def test_graph_batches():
             self.conv, self.head = nn.GCNConv(8, 6), torch.nn.Linear(6, 3)
 
         def loss(self, batch):
-            return F.cross_entropy(self.head(nn.global_mean_pool(self.conv(batch.x, batch.edge_index), batch.batch)), batch.y)
+            return F.cross_entropy(
+                self.head(nn.global_mean_pool(self.conv(batch.x, batch.edge_index), batch.batch)), batch.y
+            )
 
         def training_step(self, batch, batch_idx):
             self.log("loss", self.loss(batch), batch_size=batch.num_graphs)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-__all__ = ["check_optimizers", "check_trainable", "check_trainer", "require_lightning_trainer"]
+__all__ = ["check_automatic", "check_trainable", "check_trainer", "require_lightning_trainer", "several_optimizers"]
 
 
 def require_lightning_trainer(trainer: Any, who: str) -> None:
@@ -51,8 +48,8 @@ def check_trainer(trainer: pl.Trainer, devices: int) -> None:
         raise ValueError(f"overfit_batches={overfit} cannot be cut by client: use limit_train_batches.")
 
 
-def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
-    """Refuse several optimizers and manual optimization: a local step is one step of one optimizer.
+def check_automatic(module: pl.LightningModule) -> None:
+    """Refuse manual optimization: a local step is one step of one optimizer.
 
     Raises:
         ValueError: with the remedy.
@@ -62,11 +59,14 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
             f"{type(module).__name__}.automatic_optimization is False: local steps are counted by Lightning's "
             "automatic optimization; return the loss from training_step instead of stepping by hand."
         )
-    if len(optimizers) != 1:
-        raise ValueError(
-            f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers: a client trains with "
-            "one; use parameter groups of one optimizer."
-        )
+
+
+def several_optimizers(module: pl.LightningModule) -> str:
+    """What to say where there is not exactly one optimizer."""
+    return (
+        f"{type(module).__name__}.configure_optimizers() does not give exactly one optimizer, and a client trains with "
+        "one: use parameter groups of one optimizer."
+    )
 
 
 def check_trainable(module: pl.LightningModule) -> None:

@@ -141,6 +141,7 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
         ValueError: for an empty client, or a callable without a known population.
     """
     data: ClientData
+    check_clients(clients)
     if isinstance(clients, Partition):
         data = PartitionedData(loader, clients.split(loader.dataset))
     else:
@@ -159,7 +160,26 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
 
 
 def _dataset_of(source: Any) -> Any:
-    return source.dataset if isinstance(source, DataLoader) else source
+    dataset = source.dataset if isinstance(source, DataLoader) else source
+    if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
+        raise TypeError(f"A client brought a {type(dataset).__name__}: a dataset with a length, or its loader, is needed.")
+    return dataset
+
+
+def check_clients(clients: Any) -> None:
+    """Refuse what says nothing about clients.
+
+    Raises:
+        TypeError, ValueError: with the way out.
+    """
+    if isinstance(clients, Partition) or callable(clients):
+        return
+    if not isinstance(clients, Sequence) or isinstance(clients, str):
+        raise TypeError(
+            f"clients={clients!r}: pass a partition such as IID(100), a list of datasets, or a callable client -> dataset."
+        )
+    if not clients:
+        raise ValueError("clients is empty: there must be at least one client.")
 
 
 def check_loader(loader: Any) -> None:
@@ -180,9 +200,13 @@ def check_loader(loader: Any) -> None:
             "The training loader has a custom batch_sampler (or none), which cannot be cut by client: "
             "use batch_size=..., or give every client its own loader with clients=lambda client: loader_of(client)."
         )
-    if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    sampler = loader.sampler
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    )
+    if not whole:
         raise ValueError(
-            f"The training loader's sampler is a {type(loader.sampler).__name__}, which cannot be cut by client: "
+            f"The training loader's sampler, a {type(sampler).__name__}, does not visit every sample once an epoch: "
             "use shuffle=True or shuffle=False, or give every client its own dataset."
         )
 

@@ -24,7 +24,7 @@ class RoundLoader:
     Args:
         loop: the running round.
         data: the clients' batches.
-        steps: steps planned, before the Trainer's own limit.
+        steps: batches of the round, before the Trainer's own limit.
         idle: a batch for a round in which nobody trains; without it the whole fit would end.
     """
 
@@ -32,7 +32,7 @@ class RoundLoader:
         self.loop, self.data, self.steps, self.idle = loop, data, steps, idle
 
     def __len__(self) -> int:
-        return max(1, self.steps)
+        return self.steps
 
     def __iter__(self) -> Iterator[Any]:
         loop = self.loop

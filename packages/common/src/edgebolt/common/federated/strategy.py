@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,9 +21,9 @@ from torch.utils.data import DataLoader
 from edgebolt.common.communication import TrafficLedger
 from edgebolt.common.devices import Clock, CostModel, Fleet
 from edgebolt.common.federated.algorithm import Algorithm
-from edgebolt.common.federated.checks import check_optimizers, check_trainable, check_trainer
+from edgebolt.common.federated.checks import check_automatic, check_trainable, check_trainer, several_optimizers
 from edgebolt.common.federated.client import ClientCallback
-from edgebolt.common.federated.client_data import ClientData, Clients, check_loader, make_client_data
+from edgebolt.common.federated.client_data import ClientData, Clients, check_clients, check_loader, make_client_data
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.device_files import DeviceFiles
 from edgebolt.common.federated.loop import FederatedLoop
@@ -98,8 +99,10 @@ class FederatedStrategy(SingleDeviceStrategy):
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"algorithm={algorithm!r}: pass an Algorithm such as FedAvg().")
         for name, value in {"per_round": per_round, "local_epochs": local_epochs, "local_steps": local_steps}.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: use a whole number of 1 or more.")
+        if clients is not None:
+            check_clients(clients)
         if local_epochs is not None and local_steps is not None:
             raise ValueError(f"local_epochs={local_epochs} and local_steps={local_steps}: give one of them.")
         self.algorithm = algorithm
@@ -201,9 +204,16 @@ class FederatedStrategy(SingleDeviceStrategy):
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Create the module's one optimizer; its state is swapped at each visit, its groups stay."""
-        super().setup_optimizers(trainer)
         assert self.lightning_module is not None
-        check_optimizers(self.lightning_module, self.optimizers)
+        check_automatic(self.lightning_module)
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" in str(error):  # Lightning's way out, manual optimization, is none here
+                raise ValueError(several_optimizers(self.lightning_module)) from error
+            raise
+        if len(self.optimizers) != 1:
+            raise ValueError(several_optimizers(self.lightning_module))
 
     def process_dataloader(self, dataloader: object) -> object:
         """While training, the user's loader becomes this round's; otherwise it passes through."""
@@ -221,13 +231,22 @@ class FederatedStrategy(SingleDeviceStrategy):
     def _round_loader(self, loader: DataLoader[Any]) -> RoundLoader:
         if self.loop is None:
             self.loop = self._begin(loader)
-            if self._saved is not None:
-                self.loop.load_state_dict(self._saved)
-                self._saved = None
-        limit = self._trainer.limit_train_batches
-        clip = (lambda total: min(total, limit)) if isinstance(limit, int) else (lambda total: int(total * limit))
-        self.loop.begin_round(clip)
-        return RoundLoader(self.loop, self._client_data, self.loop.planned_steps, self._nominal_batch)
+            self._restore()
+        limit = self._trainer.limit_train_batches  # a number of steps, or a share of the round's
+        self.loop.begin_round(lambda total: min(total, limit) if isinstance(limit, int) else int(total * limit))
+        # A round without steps: Lightning multiplies by the share and wants at least one batch.
+        idle = 1 if isinstance(limit, int) else math.ceil(1 / limit)
+        return RoundLoader(self.loop, self._client_data, self.loop.planned_steps or idle, self._nominal_batch)
+
+    def _restore(self) -> None:
+        """Give the loop what a checkpoint has kept for it, once both are there."""
+        if self.loop is None or self._saved is None:
+            return
+        saved, here = len(self._saved["server"]["reports"]["samples"]), self.server.population
+        if saved != here:
+            raise ValueError(f"The checkpoint has {saved} clients and this run has {here}: resume with the same clients.")
+        self.loop.load_state_dict(self._saved)
+        self._saved = None
 
     def _evaluation_loader(self, evaluations: list[Evaluation], default: Any) -> EvaluationLoader:
         loaders = [
@@ -390,9 +409,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         devices = self._saved["devices"]
         devices["memories"] = self._files.get(devices["memories"], checkpoint[_KEY])
         super().load_optimizer_state_dict({"optimizer_states": [saved]})
-        if self.loop is not None:  # the module asked for trainer.estimated_stepping_batches
-            self.loop.load_state_dict(self._saved)
-            self._saved = None
+        self._restore()  # there is a loop already if the module asked for trainer.estimated_stepping_batches
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write large device memories beside the checkpoint, then the checkpoint."""

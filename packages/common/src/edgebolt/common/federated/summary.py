@@ -59,7 +59,6 @@ class FederatedSummary(Callback):
         self._lines: list[str] = []  # the file's lines for all rows but the last
         self._columns: list[str] = []
         self._earlier: dict[str, Any] = {}  # metrics as the round before left them
-        self._latest: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what has no rounds, and begin an empty record."""
@@ -77,8 +76,12 @@ class FederatedSummary(Callback):
                 "pip install 'edgebolt-common[plot]'. rounds.csv is written all the same; figure=False silences this.",
                 stacklevel=2,
             )
-        self.rows, self._lines, self._columns, self._earlier, self._latest = [], [], [], {}, {}
+        self.rows, self._lines, self._columns, self._earlier = [], [], [], {}
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the metrics of earlier rounds, which Lightning keeps."""
+        self._earlier = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record before a ``ModelCheckpoint`` that saves here, or a run resumed from it would lack this round."""
@@ -112,13 +115,11 @@ class FederatedSummary(Callback):
             return  # the epoch ended in mid-round
         for figures in strategy.history[len(self.rows) :]:  # several, if checkpoints of former rounds lack rows
             self._append(figures)
-        metrics = dict(trainer.callback_metrics)
-        for name, value in metrics.items():
-            # Lightning keeps the values of earlier rounds; what this round has logged is a new tensor.
+        for name, value in trainer.callback_metrics.items():
+            # What has been logged since is a new tensor, even if the value is the same.
             fresh = name not in strategy.history[-1] and value is not self._earlier.get(name)
             if fresh and (scalar := torch.as_tensor(value)).numel() == 1:
                 self.rows[-1][name] = scalar.item()
-        self._latest = metrics
         if trainer.is_global_zero:
             self._write()
 
@@ -128,7 +129,6 @@ class FederatedSummary(Callback):
             before = self.rows[-1][f"bytes_{way}_total"] if self.rows else 0
             row[f"bytes_{way}_total"] = before + row[f"round/bytes_{way}"]
         self.rows.append(row)
-        self._earlier = self._latest
 
     def _write(self) -> None:
         """Replace the file; only the last row can differ from what has been written, so only it is formatted."""
