@@ -84,15 +84,15 @@ def federated(module, schedule, batches_of, dropout=False):
     return Lap(timer.seconds, timer.cpu_seconds, steps, shared)
 
 
-def single(module, loader, steps):
-    """An ordinary training loop."""
+def single(module, loader):
+    """One pass of an ordinary training loop."""
     optimizer = module.configure_optimizers()
     timer = Timer()
     timer.start()
-    for batch in itertools.islice(endless(loader), steps):
+    for batch in loader:
         optimizer.zero_grad()
         module.loss(batch).backward()
         optimizer.step()
     timer.stop()
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    return Lap(timer.seconds, timer.cpu_seconds, steps, weights)
+    return Lap(timer.seconds, timer.cpu_seconds, len(loader), weights)

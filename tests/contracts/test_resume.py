@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from runs import Net, assert_same, exact, fit, holds, make_strategy
 
 from edgebolt.common.federated import FedAvg
+from edgebolt.common.federated.device_files import DeviceFiles
 
 
 def every_step(folder):
@@ -72,6 +73,13 @@ def test_from_every_step(name, tmp_path):
     assert whole.trainer.current_epoch == row.rounds
     for checkpoint in checkpoints:
         assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint), whole, checkpoint.stem)
+
+
+@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits"])
+def test_from_every_step_with_device_memories_in_files(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(DeviceFiles.__init__, "__defaults__", (0,))  # every memory is a large one
+    test_from_every_step(name, tmp_path)
+    assert list((tmp_path / "devices").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

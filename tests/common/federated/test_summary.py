@@ -119,6 +119,17 @@ def test_a_round_without_validation_has_no_old_metric(tmp_path):
     assert all(row["train_loss"] for row in cells(tmp_path))
 
 
+def test_a_round_whose_training_logs_nothing_has_no_old_metric(tmp_path):
+    class Rare(Net):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.current_epoch % 2:
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+            return super().training_step(batch, batch_idx)
+
+    run(tmp_path, module=Rare())
+    assert [bool(row["train_loss"]) for row in cells(tmp_path)] == [True, False, True, False]
+
+
 def test_an_epoch_that_ends_in_mid_round_adds_no_row(tmp_path):
     whole, strategy = run(tmp_path / "whole", rounds=2)
     steps = whole.trainer.global_step
@@ -139,8 +150,7 @@ def test_validate_alone_leaves_the_record(tmp_path):
 
 
 def test_a_new_fit_begins_anew(tmp_path):
-    summary, _ = run(tmp_path, rounds=3)
-    summary.trainer.fit_loop.max_epochs = 3
+    run(tmp_path, rounds=3)
     first = (tmp_path / "rounds.csv").read_bytes()
     again, _ = run(tmp_path, rounds=2)
     assert len(again.rows) == 2 and first.startswith((tmp_path / "rounds.csv").read_bytes())
@@ -220,7 +230,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_the_file_is_whole_after_each_round(tmp_path):
     class Reader(Callback):
-        lengths = []
+        def __init__(self):
+            self.lengths = []
 
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch:
@@ -292,5 +303,5 @@ def test_a_plain_strategy_is_refused(tmp_path):
 
 
 def test_a_foreign_trainer_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="FederatedSummary needs a lightning Trainer.*import lightning as L"):
+    with pytest.raises(TypeError, match=r"FederatedSummary needs a lightning Trainer.*import lightning as L"):
         FederatedSummary(tmp_path).setup(object(), Net(), "fit")

@@ -26,6 +26,7 @@ class Flight:
     """The visits of one (lane, stage) that have been dispatched and not yet closed."""
 
     stage: int
+    round: int
     opened: float
     arrivals: list[tuple[Outcome, Message | None]] = field(default_factory=list)
 
@@ -62,6 +63,7 @@ class FederatedLoop:
         self.visit_flops = visit_flops
         self.enrolled = self.running = False
         self.visits: list[Visit] = []
+        self.cuts: list[int | None] = []  # of each visit; nobody sees it before it has happened
         self.waiting: dict[str, dict[int, list[int]]] = {}  # lane -> stage, ascending -> indices of visits
         self.flights: dict[str, Flight] = {}
         self.planned_steps = self.steps = 0  # of the round, before and after the Trainer's limit; cuts included
@@ -83,6 +85,16 @@ class FederatedLoop:
         return None if self.current is None else self.visits[self.current]
 
     @property
+    def needed(self) -> int:
+        """Steps that the visit trains until it ends or its device dies."""
+        assert self.current is not None
+        return self._needed(self.current)
+
+    def _needed(self, index: int) -> int:
+        cut = self.cuts[index]
+        return self.visits[index].steps if cut is None else min(cut, self.visits[index].steps)
+
+    @property
     def opened(self) -> int:
         """Visits of the round that have been opened so far."""
         return len(self.visits) - sum(len(queue) for stages in self.waiting.values() for queue in stages.values())
@@ -93,10 +105,11 @@ class FederatedLoop:
             return
         if not self.enrolled:
             self._enrol()
-        planned = [self._checked(visit) for visit in self.algorithm.plan(self.server)]
-        self.planned_steps = sum(visit.trained_steps for visit in planned)
-        self.visits = _clip(planned, self.planned_steps, limit(self.planned_steps))
-        self.steps = sum(visit.trained_steps for visit in self.visits)
+        self.visits = self._checked(self.algorithm.plan(self.server))
+        self.cuts = [self.fleet.cut(v.client, v.steps, self.server.round, v.stage) for v in self.visits]
+        self.planned_steps = sum(map(self._needed, range(len(self.visits))))
+        self._clip(limit(self.planned_steps))
+        self.steps = sum(map(self._needed, range(len(self.visits))))
         self.waiting = _queued(self.visits)
         self.outcomes, self.losses, self.running = [], [], True
 
@@ -105,11 +118,11 @@ class FederatedLoop:
         while self.running:
             visit = self.visit
             if visit is not None:
-                if self.done < visit.trained_steps:
+                if self.done < self.needed:
                     return
                 self._close(visit)
             elif (index := self._next()) is not None:
-                if self.visits[index].trained_steps:
+                if self._needed(index):
                     return
                 self.open(index)
             elif self.flights and (self.waiting or not self.algorithm.carries_over):
@@ -138,7 +151,8 @@ class FederatedLoop:
         """A waiting visit of a lane's lowest stage, if the lane is idle or runs that very stage."""
         for lane, stages in self.waiting.items():
             stage = next(iter(stages))
-            if lane not in self.flights or self.flights[lane].stage == stage:
+            flight = self.flights.get(lane)
+            if flight is None or (flight.stage, flight.round) == (stage, self.server.round):
                 return stages[stage][0]
         return None
 
@@ -151,7 +165,7 @@ class FederatedLoop:
             del stages[visit.stage]
         if not stages:
             del self.waiting[visit.lane]
-        flight = self.flights.setdefault(visit.lane, Flight(visit.stage, server.now))
+        flight = self.flights.setdefault(visit.lane, Flight(visit.stage, server.round, server.now))
         if visit.start is None:
             message = Message({}, {"visit": visit.order()})
         elif visit.start in server.models:
@@ -168,10 +182,12 @@ class FederatedLoop:
 
     def _close(self, visit: Visit) -> None:
         server, flight = self.server, self.flights[visit.lane]
+        assert self.current is not None
+        cut = self.cuts[self.current]
         assert self.devices.device is not None
         profile = self.devices.device.profile
         flops = self.visit_flops(visit) * self.done if self.done else 0.0
-        message = self.devices.close(visit)
+        message = self.devices.close(visit, died=cut is not None)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
         if message is not None:
@@ -187,7 +203,7 @@ class FederatedLoop:
                 delivered=not reason,
             )  # fmt: skip
         outcome = Outcome(
-            visit=visit,
+            visit=replace(visit, cut=cut),
             steps=self.done,
             delivered=not reason,
             reason=reason,
@@ -276,11 +292,11 @@ class FederatedLoop:
 
     def _enrol(self) -> None:
         """Visits before the first round: they train nothing, so they need no batch."""
-        visits = [self._checked(visit, dies=False) for visit in self.algorithm.enrol(self.server)]
+        visits = self._checked(self.algorithm.enrol(self.server))
         for visit in visits:
             if visit.steps:
                 raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; train a probe in round 0.")
-        self.visits, self.waiting = visits, _queued(visits)
+        self.visits, self.waiting, self.cuts = visits, _queued(visits), [None] * len(visits)
         while (index := self._next()) is not None or self.flights:
             if index is None:
                 self._deliver()
@@ -289,13 +305,23 @@ class FederatedLoop:
             self._close(visits[index])
         self.enrolled = True
 
-    def _checked(self, visit: Visit, dies: bool = True) -> Visit:
-        if visit.client >= self.server.population:
-            raise ValueError(f"{visit}: the population has {self.server.population} clients, 0 to one less.")
-        if not dies:
-            return visit
-        cut = self.fleet.cut(visit.client, visit.steps, self.server.round, visit.stage)
-        return replace(visit, cut=cut)
+    def _checked(self, visits: list[Visit]) -> list[Visit]:
+        for visit in visits:
+            if visit.client >= self.server.population:
+                raise ValueError(f"{visit}: the population has {self.server.population} clients, 0 to one less.")
+        return visits
+
+    def _clip(self, limit: int) -> None:
+        """Clip the plan to a number of steps, or a limited Trainer would never reach the round's aggregation."""
+        kept: list[tuple[Visit, int | None]] = []
+        for index, visit in enumerate(self.visits):
+            needed = self._needed(index)
+            if needed <= limit:
+                kept.append((visit, self.cuts[index]))
+            elif limit:
+                kept.append((replace(visit, steps=limit), None))
+            limit -= min(needed, limit)
+        self.visits, self.cuts = [visit for visit, _ in kept], [cut for _, cut in kept]
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
@@ -307,6 +333,7 @@ class FederatedLoop:
             "enrolled": self.enrolled,
             "running": self.running,
             "visits": [asdict(visit) for visit in self.visits],
+            "cuts": list(self.cuts),
             "waiting": {lane: {s: list(v) for s, v in stages.items()} for lane, stages in self.waiting.items()},
             "flights": {lane: _plain_flight(flight) for lane, flight in self.flights.items()},
             "planned_steps": self.planned_steps,
@@ -328,7 +355,7 @@ class FederatedLoop:
         self.devices.load_state_dict(state["devices"])
         self.enrolled, self.running = state["enrolled"], state["running"]
         self.visits = [Visit(**visit) for visit in state["visits"]]
-        self.waiting = state["waiting"]
+        self.cuts, self.waiting = state["cuts"], state["waiting"]
         self.flights = {lane: _flight(flight) for lane, flight in state["flights"].items()}
         self.planned_steps, self.steps = state["planned_steps"], state["steps"]
         self.current, self.done, self.sent_bytes = state["current"], state["done"], state["sent_bytes"]
@@ -353,27 +380,12 @@ def _queued(visits: list[Visit]) -> dict[str, dict[int, list[int]]]:
     return queue
 
 
-def _clip(visits: list[Visit], total: int, limit: int) -> list[Visit]:
-    """Clip the plan to a number of steps, or a limited Trainer would never reach the round's aggregation."""
-    if limit >= total:
-        return visits
-    clipped = []
-    for visit in visits:
-        steps = min(visit.trained_steps, limit)
-        if steps == visit.trained_steps:
-            clipped.append(visit)
-        elif steps:
-            clipped.append(replace(visit, steps=steps, cut=None))
-        limit -= steps
-    return clipped
-
-
 def _plain_flight(flight: Flight) -> dict[str, Any]:
     arrivals = [
         (outcome.to_plain(), None if message is None else (dict(message.tensors), dict(message.header)))
         for outcome, message in flight.arrivals
     ]
-    return {"stage": flight.stage, "opened": flight.opened, "arrivals": arrivals}
+    return {"stage": flight.stage, "round": flight.round, "opened": flight.opened, "arrivals": arrivals}
 
 
 def _flight(plain: dict[str, Any]) -> Flight:
@@ -381,4 +393,4 @@ def _flight(plain: dict[str, Any]) -> Flight:
         (Outcome.from_plain(outcome), None if message is None else Message(*message))
         for outcome, message in plain["arrivals"]
     ]
-    return Flight(plain["stage"], plain["opened"], arrivals)
+    return Flight(plain["stage"], plain["round"], plain["opened"], arrivals)

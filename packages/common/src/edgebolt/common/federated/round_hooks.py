@@ -74,13 +74,8 @@ class RoundHooks(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stopped in mid-round: the module shows the global model."""
-        self._park()
+        self._strategy.show_global()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Interrupted: the module shows the global model."""
-        self._park()
-
-    def _park(self) -> None:
-        loop = self._strategy.loop
-        if loop is not None and "global" in loop.server.models:
-            loop.devices.park(loop.server.models["global"])
+        self._strategy.show_global()

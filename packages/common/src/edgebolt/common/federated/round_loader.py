@@ -45,8 +45,8 @@ class RoundLoader:
                 return
             done, server = loop.done, loop.server
             seed = derive(server.seed, "data", server.round, visit.stage, visit.client)
-            batches = self.data.batches(visit.client, visit.trained_steps, visit.batch_size, seed)
-            for step in range(visit.trained_steps):
+            batches = self.data.batches(visit.client, loop.needed, visit.batch_size, seed)
+            for step in range(loop.needed):
                 loop.devices.seed_step(step)
                 batch = next(batches)
                 if step >= done:  # a resumed visit draws its former batches again and drops them

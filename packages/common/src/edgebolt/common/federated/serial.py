@@ -117,11 +117,11 @@ class Serial:
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
-    def close(self, visit: Visit) -> Message | None:
+    def close(self, visit: Visit, died: bool) -> Message | None:
         """The device's answer, or None if it died; either way the optimizer is emptied."""
         assert self.device is not None
         message = None
-        if visit.cut is None:
+        if not died:
             report: dict[str, Any] = {}
             for callback in self.callbacks:
                 report.update(callback.on_client_end(self.trainer, self.module, self.device, visit) or {})

@@ -114,6 +114,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         self.loop: FederatedLoop | None = None
         self._data: ClientData | None = None
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
+        self._open_epoch = False
         self._nominal: Any = None
         self._files = DeviceFiles()
         self._shortcuts = Shortcuts()
@@ -198,6 +199,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             assert self.lightning_module is not None
             check_trainable(self.lightning_module)
             self.loop = self._data = self._saved = None
+            self._open_epoch = False
             self.clock, self.ledger, self._nominal = Clock(), TrafficLedger(), None
             self._shortcuts = Shortcuts()
         super().setup(trainer)
@@ -233,10 +235,15 @@ class FederatedStrategy(SingleDeviceStrategy):
             self.loop = self._begin(loader)
             self._restore()
         limit = self._trainer.limit_train_batches  # a number of steps, or a share of the round's
-        self.loop.begin_round(lambda total: min(total, limit) if isinstance(limit, int) else int(total * limit))
+        if self._open_epoch:
+            # The checkpoint was written after the validation of a round and before its epoch's end: Lightning closes
+            # the epoch by comparing with that round's length, draws no batch, and then asks for the next round.
+            self._open_epoch = False
+        else:
+            self.loop.begin_round(lambda total: min(total, limit) if isinstance(limit, int) else int(total * limit))
         # A round without steps: Lightning multiplies by the share and wants at least one batch.
-        idle = 1 if isinstance(limit, int) else math.ceil(1 / limit)
-        return RoundLoader(self.loop, self._client_data, self.loop.planned_steps or idle, self._nominal_batch)
+        steps = self.loop.planned_steps or (1 if isinstance(limit, int) else math.ceil(1 / limit))
+        return RoundLoader(self.loop, self._client_data, steps, self._nominal_batch)
 
     def _restore(self) -> None:
         """Give the loop what a checkpoint has kept for it, once both are there."""
@@ -246,7 +253,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         if saved != here:
             raise ValueError(f"The checkpoint has {saved} clients and this run has {here}: resume with the same clients.")
         self.loop.load_state_dict(self._saved)
-        self._saved = None
+        self._open_epoch, self._saved = self._saved["open_epoch"], None
 
     def _evaluation_loader(self, evaluations: list[Evaluation], default: Any) -> EvaluationLoader:
         loaders = [
@@ -350,11 +357,20 @@ class FederatedStrategy(SingleDeviceStrategy):
             for group, values in zip(optimizer.param_groups, before, strict=True):
                 group.update(values)
 
+    def on_validation_start(self) -> None:
+        """Lightning also validates when it is told to stop in mid-round: show it the global model, not a client's."""
+        super().on_validation_start()
+        self.show_global()
+
     def on_validation_end(self) -> None:
         """After per-client evaluation, put the global model back."""
         super().on_validation_end()
-        if self.loop is not None and self.loop.visit is None:
-            self.loop.devices.put(self.server.models["global"])
+        self.show_global()
+
+    def show_global(self) -> None:
+        """The module gets the global model; an open visit's weights and moments are kept aside."""
+        if self.loop is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.loop.devices.park(self.server.models["global"])
 
     def _to_device(self, batch: Any) -> Any:
         return self.batch_to_device(self.precision_plugin.convert_input(batch))
@@ -409,7 +425,9 @@ class FederatedStrategy(SingleDeviceStrategy):
         devices = self._saved["devices"]
         devices["memories"] = self._files.get(devices["memories"], checkpoint[_KEY])
         super().load_optimizer_state_dict({"optimizer_states": [saved]})
-        self._restore()  # there is a loop already if the module asked for trainer.estimated_stepping_batches
+        if self.loop is not None:  # the module asked for trainer.estimated_stepping_batches, which plans round 0
+            self._restore()
+            self._open_epoch &= self._trainer.current_epoch > 0  # in epoch 0 that loader stays
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write large device memories beside the checkpoint, then the checkpoint."""
@@ -433,25 +451,30 @@ class FederatedStrategy(SingleDeviceStrategy):
         states = checkpoint.get("optimizer_states") or [{}]
         if _KEY in states[0]:
             checkpoint[_KEY] = str(checkpoint_path)  # large device memories lie beside it
-            _align_counters(checkpoint["loops"]["fit_loop"], running=states[0][_KEY]["running"])
+            open_epoch = _align_counters(checkpoint["loops"]["fit_loop"], running=states[0][_KEY]["running"])
+            states[0][_KEY]["open_epoch"] = open_epoch
         return checkpoint
 
 
-def _align_counters(fit_loop: dict[str, Any], running: bool) -> None:
-    """Make Lightning's epoch end where the round ends.
+def _align_counters(fit_loop: dict[str, Any], running: bool) -> bool:
+    """Make Lightning's epoch end where the round ends; whether a finished round's epoch has still to be closed.
 
-    Two checkpoints disagree: one written in the round's last step, before its validation (the round is over, the
-    epoch is not, and the next round's length would be compared with this one's), and one written when ``max_steps``,
-    ``max_time`` or an exception ended the epoch in mid-round (the epoch is over, the round is not).
+    Two checkpoints disagree: one written between the round's last step and the end of its validation (the round is
+    over, the epoch is not, and the next round's length would be compared with this one's), and one written when
+    ``max_steps``, ``max_time`` or an exception ended the epoch in mid-round (the epoch is over, the round is not).
     """
     epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    steps = batches["current"]
-    if not running and steps["completed"] < steps["ready"]:
+    steps, validation = batches["current"], fit_loop["epoch_loop.val_loop.batch_progress"]
+    stepped, validated = steps["completed"] == steps["ready"], validation["is_last_batch"]
+    unfinished = epoch["current"]["processed"] < epoch["current"]["ready"]
+    if not running and unfinished and not (stepped and validated):
         for tracker in (batches["current"], batches["total"]):
             tracker["completed"] = tracker["processed"] = tracker["ready"]
-        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        if not stepped:
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         for tracker in (epoch["current"], epoch["total"]):
             tracker["processed"] = tracker["started"]
-    elif running and epoch["current"]["processed"] == epoch["current"]["ready"]:
+    elif running and not unfinished:
         for tracker in (epoch["current"], epoch["total"]):
             tracker["processed"] = tracker["completed"] = tracker["ready"] - 1
+    return not running and epoch["current"]["processed"] < epoch["current"]["ready"]

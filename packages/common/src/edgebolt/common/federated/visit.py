@@ -24,18 +24,16 @@ class Visit:
         batch_size: local batch size; ``None``: the batch size of the user's loader.
         optimizer: values for the optimizer's ``param_groups`` during this visit, such as ``{"lr": 0.01}``.
         settings: depth, ranks, rates, masks: read by the device half. Built-ins only.
-        cut: steps after which the device dies (``steps``: the upload is lost). Drawn by the environment after
-            planning, never by the algorithm.
+        cut: steps after which the device died (``steps``: the upload was lost). Drawn by the environment; nobody
+            sees it before the visit's :class:`Outcome`.
 
     Raises:
         ValueError: if ``client``, ``steps`` or ``batch_size`` is out of range.
 
     Example::
 
-        >>> Visit(client=3, steps=12).trained_steps
-        12
-        >>> Visit(client=3, steps=12, cut=5).trained_steps
-        5
+        >>> Visit(client=3, steps=12, settings={"depth": 4}).order()
+        {'client': 3, 'steps': 12, 'settings': {'depth': 4}}
     """
 
     client: int
@@ -55,11 +53,6 @@ class Visit:
             raise ValueError(f"Visit(steps={self.steps!r}): ask for 0 or more local steps.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"Visit(batch_size={self.batch_size!r}): use 1 or more, or None for the loader's own.")
-
-    @property
-    def trained_steps(self) -> int:
-        """Steps that really run: all of them, or those before the cut."""
-        return self.steps if self.cut is None else min(self.cut, self.steps)
 
     def order(self) -> dict[str, Any]:
         """What the device is told: client, steps and every field that differs from its default; not the cut."""

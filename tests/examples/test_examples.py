@@ -1,0 +1,101 @@
+"""Each script of examples/ runs from an empty folder and does what it says."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from edgebolt.common.federated import read_rounds
+from monorepo import ROOT
+
+pytest.importorskip("sklearn")
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder, script, *arguments):
+    """The output of a script; Lightning's messages go to stderr."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / script, *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def number(pattern, text):
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in {text[-2000:]}"
+    return float(found[1])
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_federated(tmp_path):
+    output = run(tmp_path, "federated.py")
+    assert number(r"accuracy ([\d.]+) after 30 epochs", output) > 0.8
+    assert number(r"([\d.]+) simulated seconds", output) > 0
+    up, down = number(r"([\d.]+) MB up", output), number(r"([\d.]+) MB down", output)
+    assert down >= up > 30 * 10 * 4 * (64 * 100 + 100 * 10) * 0.9 / 1e6  # 300 visits, four bytes a weight
+    assert not written(tmp_path)
+
+
+@pytest.mark.slow
+def test_federated_central(tmp_path):
+    output = run(tmp_path, "federated.py", "--central", "--epochs", "5")
+    assert number(r"accuracy ([\d.]+) after 5 epochs", output) > 0.8
+    assert "simulated" not in output and not written(tmp_path)
+
+
+@pytest.mark.slow
+def test_federated_cli(tmp_path):
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("matplotlib")
+    run(tmp_path, "federated_cli.py")
+    assert written(tmp_path) == ["runs/federated_cli/rounds.csv", "runs/federated_cli/rounds.png"]
+    rows = read_rounds(tmp_path / "runs" / "federated_cli")
+    assert len(rows) == 30 and rows[-1]["val_acc"] > 0.8 > rows[0]["val_acc"]
+
+
+@pytest.mark.slow
+def test_federated_cli_takes_options(tmp_path):
+    pytest.importorskip("jsonargparse")
+    config = ["fit", "--config", str(EXAMPLES / "federated.yaml")]
+    run(tmp_path, "federated_cli.py", *config, "--trainer.max_epochs=2", "--trainer.strategy.init_args.per_round=4")
+    assert [row["round/visits"] for row in read_rounds(tmp_path / "runs" / "federated_cli")] == [4, 4]
+
+
+@pytest.mark.slow
+def test_demo_common(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = run(tmp_path, "demo_common.py", "--rounds", "5")
+    assert re.match(r"(5000 images of MNIST|scikit-learn's 1797 digits)", output)
+    assert written(tmp_path) == ["demo/common.png", "demo/fedavg/rounds.csv", "demo/fedprox/rounds.csv"]
+    fedavg, fedprox = (read_rounds(tmp_path / "demo" / name) for name in ("fedavg", "fedprox"))
+    assert len(fedavg) == len(fedprox) == 5
+    for name in ("round/sim_time", "bytes_up_total", "bytes_down_total", "round/failed"):  # the same devices
+        assert [row[name] for row in fedavg] == [row[name] for row in fedprox]
+    assert [row["val_acc"] for row in fedavg] != [row["val_acc"] for row in fedprox]
+
+    for words in ("FedAvg", "FedProx, mu=1", "rounds to", "energy", "One seed", "demo/common.png"):
+        assert words in output
+    last = {"FedAvg": fedavg, "FedProx, mu=1": fedprox}
+    last = {name: sum(row["val_acc"] for row in rows[-3:]) / 3 for name, rows in last.items()}
+    best = max(last, key=last.get)
+    assert f"{best} ends {max(last.values()) - min(last.values()):.3f} above" in output
+    assert all(f"{value:.3f}" in output for value in last.values())
+    assert 0 < number(r"Always the most frequent digit: (0\.\d+)", output) < 0.2
+
+
+def test_every_script_is_run_here():
+    text = (ROOT / "tests" / "examples" / "test_examples.py").read_text(encoding="utf-8")
+    assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in text]
