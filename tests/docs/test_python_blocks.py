@@ -10,7 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "```python" in page.read_text())
+PAGES = sorted(
+    page
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md"))
+    if "```python" in page.read_text()
+)
 
 
 class Classifier(L.LightningModule):

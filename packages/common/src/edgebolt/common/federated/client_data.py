@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -162,7 +163,9 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
 def _dataset_of(source: Any) -> Any:
     dataset = source.dataset if isinstance(source, DataLoader) else source
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
-        raise TypeError(f"A client brought a {type(dataset).__name__}: a dataset with a length, or its loader, is needed.")
+        raise TypeError(
+            f"A client brought a {type(dataset).__name__}: a dataset with a length, or its loader, is needed."
+        )
     return dataset
 
 
@@ -199,6 +202,11 @@ def check_loader(loader: Any) -> None:
         raise ValueError(
             "The training loader has a custom batch_sampler (or none), which cannot be cut by client: "
             "use batch_size=..., or give every client its own loader with clients=lambda client: loader_of(client)."
+        )
+    if loader.num_workers:
+        warnings.warn(
+            f"num_workers={loader.num_workers}: workers are started anew at every visit; with cheap samples 0 is faster.",
+            stacklevel=2,
         )
     sampler = loader.sampler
     whole = type(sampler) is SequentialSampler or (

@@ -65,7 +65,9 @@ class DeviceFiles:
         self._listed[str(checkpoint)] = {_path(folder, digest) for _, digest in filed.values()}
         return {**memories, **{client: memory for client, (memory, _) in filed.items()}}
 
-    def get(self, memories: dict[int, dict[str, Any]], checkpoint: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+    def get(
+        self, memories: dict[int, dict[str, Any]], checkpoint: str | os.PathLike[str]
+    ) -> dict[int, dict[str, Any]]:
         """The memories with the tensors of their files.
 
         Raises:

@@ -106,9 +106,7 @@ class FedProxStrategy(FederatedStrategy):
 
     strategy_name = "fedprox"
 
-    def __init__(
-        self, mu: float = 0.01, weights: str = "samples", moments: str = "reset", **kwargs: Any
-    ) -> None:
+    def __init__(self, mu: float = 0.01, weights: str = "samples", moments: str = "reset", **kwargs: Any) -> None:
         super().__init__(algorithm=FedProx(mu, weights, moments), **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -17,8 +16,6 @@ from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.visit import Closed, Outcome, Update, Visit
 
 __all__ = ["FederatedLoop"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -194,8 +191,6 @@ class FederatedLoop:
             up_bytes = message.nbytes
             up = profile.upload_seconds(up_bytes)
             reason = "" if message.is_finite() else "non-finite"
-            if reason:
-                log.warning("Round %d: update of client %d dropped: NaN or infinity.", server.round, visit.client)
         finished = flight.opened + down + compute + up
         if message is not None:
             server.ledger.add(

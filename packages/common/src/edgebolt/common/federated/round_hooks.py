@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from edgebolt.common.federated.round_loader import RoundLoader
 
@@ -49,7 +50,7 @@ class RoundHooks(Callback):
         if loop is None or not loop.visits:
             return {}
         position = {"round": str(loop.server.round if loop.running else loop.server.round - 1)}
-        return {**position, "visit": f"{loop.opened}/{len(loop.visits)}", "sim_time": f"{loop.server.now:.0f}s"}
+        return {**position, "visit": f"{loop.opened}/{len(loop.visits)}", "sim": f"{loop.server.now:.3g}s"}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -63,6 +64,8 @@ class RoundHooks(Callback):
         loop.advance()
         if not loop.running:
             self._log(trainer, loop.history[-1])
+            if rejected := [o.visit.client for o in loop.outcomes if o.reason == "non-finite"]:
+                rank_zero_warn(f"Round {loop.history[-1]['round']}: updates with NaN or infinity dropped: {rejected}.")
 
     def _log(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
         """Straight to the loggers, exact, and to those who monitor: `self.log` costs as much as a step, each time."""

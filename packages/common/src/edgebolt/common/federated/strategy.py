@@ -251,7 +251,9 @@ class FederatedStrategy(SingleDeviceStrategy):
             return
         saved, here = len(self._saved["server"]["reports"]["samples"]), self.server.population
         if saved != here:
-            raise ValueError(f"The checkpoint has {saved} clients and this run has {here}: resume with the same clients.")
+            raise ValueError(
+                f"The checkpoint has {saved} clients and this run has {here}: resume with the same clients."
+            )
         self.loop.load_state_dict(self._saved)
         self._open_epoch, self._saved = self._saved["open_epoch"], None
 
