@@ -96,6 +96,19 @@ def test_stopped_anywhere(name, tmp_path):
         assert_same(resumed, whole, f"stopped after step {step}")
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_stopped_again_and_again(name, tmp_path):
+    """Each leg of the run is resumed from the end of the former, two steps further on."""
+    row = ALGORITHMS[name]
+    whole, path = fit(*row.make(), rounds=row.rounds), None
+    for step in range(2, whole.trainer.global_step, 2):
+        leg = fit(*row.make(), rounds=row.rounds, ckpt_path=path, max_steps=step)
+        assert leg.trainer.global_step == step and holds(leg.module.state_dict(), leg.model)
+        path = tmp_path / f"{step}.ckpt"
+        leg.trainer.save_checkpoint(path)
+    assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=path), whole)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_max_steps(optimizer, tmp_path):
     def keeping():
@@ -193,6 +206,26 @@ def test_exception_while_validating(name, hook, tmp_path):
             fit(strategy, module, rounds=row.rounds, callbacks=callbacks)
         assert holds(module.state_dict(), strategy.server.models["global"])
         assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=tmp_path / "last.ckpt"), whole, f"{step}")
+
+
+def test_exception_while_validating_a_module_that_asks_for_its_steps(tmp_path):
+    """``trainer.estimated_stepping_batches`` plans the first round before the checkpoint is loaded."""
+
+    class Asks(Net):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches > 0
+            return super().configure_optimizers()
+
+    row = ALGORITHMS["fedavg"]
+    whole = fit(row.make()[0], Asks())
+    for step in round_ends(row):
+        callbacks = [
+            OnExceptionCheckpoint(tmp_path, "last"),
+            Raise("on_validation_end", step, RuntimeError("disk full")),
+        ]
+        with pytest.raises(RuntimeError, match="disk full"):
+            fit(row.make()[0], Asks(), callbacks=callbacks)
+        assert_same(fit(row.make()[0], Asks(), ckpt_path=tmp_path / "last.ckpt"), whole, f"{step}")
 
 
 def test_an_interrupted_run_goes_on_with_the_same_objects(tmp_path):

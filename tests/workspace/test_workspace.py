@@ -46,7 +46,7 @@ def test_folder_is_complete(package):
     assert (package.folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert list((ROOT / "tests" / package.name).rglob("test_*.py"))
     assert (ROOT / "docs" / f"{package.name}.md").exists()
-    assert (ROOT / "tests" / "benchmarks" / f"test_bench_{package.name}.py").exists()
+    assert list((ROOT / "tests" / "benchmarks").glob(f"test_bench_{package.name}*.py"))
 
 
 def test_files_stay_short():

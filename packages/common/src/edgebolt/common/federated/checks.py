@@ -64,8 +64,8 @@ def check_automatic(module: pl.LightningModule) -> None:
 def several_optimizers(module: pl.LightningModule) -> str:
     """What to say where there is not exactly one optimizer."""
     return (
-        f"{type(module).__name__}.configure_optimizers() does not give exactly one optimizer, and a client trains with "
-        "one: use parameter groups of one optimizer."
+        f"{type(module).__name__}.configure_optimizers() does not give exactly one optimizer, and a client "
+        "trains with one: use parameter groups of one optimizer."
     )
 
 

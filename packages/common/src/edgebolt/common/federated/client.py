@@ -33,7 +33,8 @@ class ClientCallback(Callback):
         ...     def upload(self, device, visit, update):
         ...         return {name: change for name, change in update.items() if not name.startswith("head.")}
         ...     def on_client_end(self, trainer, module, device, visit):
-        ...         device.memory["head"] = {f"head.{n}": p.detach().clone() for n, p in module.head.named_parameters()}
+        ...         head = module.head.named_parameters()
+        ...         device.memory["head"] = {f"head.{name}": value.detach().clone() for name, value in head}
     """
 
     def install(self, device: Device, visit: Visit, tensors: Tensors) -> Tensors:

@@ -163,9 +163,7 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
 def _dataset_of(source: Any) -> Any:
     dataset = source.dataset if isinstance(source, DataLoader) else source
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"A client brought a {type(dataset).__name__}: a dataset with a length, or its loader, is needed."
-        )
+        raise TypeError(f"A client brought a {type(dataset).__name__}: bring a dataset with a length, or its loader.")
     return dataset
 
 
@@ -179,7 +177,8 @@ def check_clients(clients: Any) -> None:
         return
     if not isinstance(clients, Sequence) or isinstance(clients, str):
         raise TypeError(
-            f"clients={clients!r}: pass a partition such as IID(100), a list of datasets, or a callable client -> dataset."
+            f"clients={clients!r}: pass a partition such as IID(100), a list of datasets, or a callable "
+            "client -> dataset."
         )
     if not clients:
         raise ValueError("clients is empty: there must be at least one client.")
@@ -205,7 +204,7 @@ def check_loader(loader: Any) -> None:
         )
     if loader.num_workers:
         warnings.warn(
-            f"num_workers={loader.num_workers}: workers are started anew at every visit; with cheap samples 0 is faster.",
+            f"num_workers={loader.num_workers}: workers start anew at every visit; 0 is faster with cheap samples.",
             stacklevel=2,
         )
     sampler = loader.sampler

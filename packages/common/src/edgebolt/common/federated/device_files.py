@@ -120,8 +120,8 @@ def _path(folder: Path, digest: str) -> Path:
 def _read(path: Path, digest: str) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: a checkpoint of a federated run with large device memories needs the `devices` folder "
-            "beside it; move both together."
+            f"{path} is missing: a checkpoint of a federated run with large device memories needs the `devices` "
+            "folder beside it; move both together."
         )
     blob = path.read_bytes()
     if hashlib.sha256(blob).hexdigest() != digest:
