@@ -81,7 +81,8 @@ def federated(module, schedule, batches_of, dropout=False):
                     change[name].add_(parameter - shared[name], alpha=visit.share)
         shared = {name: tensor + change[name] for name, tensor in shared.items()}
     timer.stop()
-    return Lap(timer.seconds, timer.cpu_seconds, steps, shared)
+    figures = {"rounds": len(schedule), "visits": sum(map(len, schedule))}
+    return Lap(timer.seconds, timer.cpu_seconds, steps, shared, figures)
 
 
 def single(module, loader):

@@ -37,7 +37,7 @@ def digits():
     with gzip.open(carrier_file(), "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     table = torch.from_numpy(np.random.default_rng(SEED).permutation(table))
-    data = TensorDataset(table[:, :-1].float() / 255, table[:, -1].long())
+    data = TensorDataset(table[:, :-1].float().div_(255), table[:, -1].long())
     return TensorDataset(*data[:4000]), TensorDataset(*data[4000:])
 
 
@@ -171,12 +171,21 @@ def main():
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    (train, _), first = digits(), FirstBatch()
+    (train, _), first, before = digits(), FirstBatch(), peak_bytes()
     if args.kind == "single":
         lap = single(train, 43 * args.rounds, callbacks=[first])  # about as many steps as the federated run makes
     else:
         lap = federated(train, args.rounds, args.clients, callbacks=[first])
-    print(json.dumps({"first_batch": first.at, "peak_bytes": peak_bytes(), "steps": lap.steps, **lap.figures}))
+    measured = {"first_batch": first.at, "peak_bytes": peak_bytes(), "bytes_before_fit": before}
+    heavy = (
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "transformers",
+        "torchvision",
+    )  # what torchmetrics imports if it is there
+    imported = " ".join(name for name in heavy if name in sys.modules)
+    print(json.dumps({**measured, "steps": lap.steps, "imported": imported, **lap.figures}))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ class Race:
         laps = iter(self.laps[name])
         benchmark.pedantic(lambda: replay.put(next(laps).seconds), rounds=len(self.laps[name]))
         pairs = list(zip(self.laps[name], self.laps[baseline], strict=True))
+        seconds = median(lap.seconds for lap in self.laps[name])
+        visits = self[name].figures.get("visits")
         ratios = [ours.seconds / theirs.seconds for ours, theirs in pairs]
         benchmark.extra_info.update(
             baseline=baseline,
@@ -86,7 +88,8 @@ class Race:
             ratio_max=max(ratios),
             ratio_cpu=median(ours.cpu_seconds / theirs.cpu_seconds for ours, theirs in pairs),
             steps=self[name].steps,
-            us_per_step=1e6 * median(lap.seconds for lap in self.laps[name]) / self[name].steps,
+            us_per_step=1e6 * seconds / self[name].steps,
+            **({"ms_per_visit": 1e3 * seconds / visits} if visits else {}),
             weight_difference=self.difference(name, baseline),
             params_trained=sum(tensor.numel() for tensor in self[name].weights.values()),
             **self[name].figures,

@@ -75,6 +75,21 @@ def test_from_every_step(name, tmp_path):
         assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint), whole, checkpoint.stem)
 
 
+@pytest.mark.parametrize("name", ["fedavg", "all offline", "changing ranks", "buffered"])
+def test_from_every_step_with_max_steps(name, tmp_path):
+    """With ``max_steps``, Lightning counts a finished epoch as one to go on with."""
+    row = ALGORITHMS[name]
+    best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val_loss", save_top_k=-1)
+    last = ModelCheckpoint(tmp_path / "last", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    callbacks = [every_step(tmp_path), best, last]
+    whole = fit(*row.make(), rounds=row.rounds, max_steps=10_000, callbacks=callbacks)
+    checkpoints = [checkpoint for folder in (".", "best", "last") for checkpoint in by_step(tmp_path / folder)]
+    assert len(checkpoints) == whole.trainer.global_step + 2 * row.rounds
+    for checkpoint in checkpoints:
+        resumed = fit(*row.make(), rounds=row.rounds, max_steps=10_000, ckpt_path=checkpoint)
+        assert_same(resumed, whole, f"{checkpoint.parent.name} {checkpoint.stem}")
+
+
 @pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits"])
 def test_from_every_step_with_device_memories_in_files(name, tmp_path, monkeypatch):
     monkeypatch.setattr(DeviceFiles.__init__, "__defaults__", (0,))  # every memory is a large one
@@ -196,16 +211,21 @@ def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_end"])
 @pytest.mark.parametrize("name", ["fedavg", "private heads"])  # whose validation puts other weights into the module
-def test_exception_while_validating(name, hook, tmp_path):
+@pytest.mark.parametrize("max_steps", [-1, 10_000])
+def test_exception_while_validating(max_steps, name, hook, tmp_path):
     row = ALGORITHMS[name]
-    whole = fit(*row.make(), rounds=row.rounds)
+    whole = fit(*row.make(), rounds=row.rounds, max_steps=max_steps)
     for step in round_ends(row):
         strategy, module = row.make()
         callbacks = [OnExceptionCheckpoint(tmp_path, "last"), Raise(hook, step, RuntimeError("disk full"))]
         with pytest.raises(RuntimeError, match="disk full"):
-            fit(strategy, module, rounds=row.rounds, callbacks=callbacks)
+            fit(strategy, module, rounds=row.rounds, max_steps=max_steps, callbacks=callbacks)
         assert holds(module.state_dict(), strategy.server.models["global"])
-        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=tmp_path / "last.ckpt"), whole, f"{step}")
+        assert_same(
+            fit(*row.make(), rounds=row.rounds, max_steps=max_steps, ckpt_path=tmp_path / "last.ckpt"),
+            whole,
+            f"{step}",
+        )
 
 
 def test_exception_while_validating_a_module_that_asks_for_its_steps(tmp_path):
