@@ -138,17 +138,13 @@ class Poison(ClientCallback):
         return {name: torch.full_like(t, bad) if name == "head.bias" else t for name, t in update.items()}
 
 
-def test_updates_that_are_not_finite_are_dropped_counted_and_logged(caplog):
-    import logging
-
-    logging.getLogger("edgebolt.common.federated.loop").setLevel(logging.WARNING)
-    run = fit(make_strategy(Algorithm(client=[Poison()]), per_round=6), rounds=2)
+def test_updates_that_are_not_finite_are_dropped_counted_and_logged():
+    with pytest.warns(UserWarning, match=r"NaN or infinity.*\[2, 4\]"):
+        run = fit(make_strategy(Algorithm(client=[Poison()]), per_round=6), rounds=2)
     assert [f["round/rejected"] for f in run.strategy.history] == [2, 2]
     assert [f["round/delivered"] for f in run.strategy.history] == [4, 4]
     assert run.trainer.callback_metrics["round/rejected"] == 2
     assert all(bool(torch.isfinite(tensor).all()) for tensor in run.model.values())
-    text = caplog.text
-    assert all(f"client {client} " in text for client in (2, 4)) and "client 0 " not in text
     entries = run.strategy.ledger.entries()
     lost = entries["up"] & ~entries["delivered"]
     assert sorted(entries["client"][lost].tolist()) == [2, 2, 4, 4]  # the bytes were sent all the same

@@ -25,6 +25,16 @@ def by_step(folder):
     return sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
 
 
+class Starts(L.Callback):
+    """Global steps at which Lightning begins an epoch."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.steps.append(trainer.global_step)
+
+
 def round_ends(row):
     """Global steps at which the rounds of a row's run end."""
     ends = []
@@ -68,11 +78,13 @@ class Raise(L.Callback):
 def test_from_every_step(name, tmp_path):
     row = ALGORITHMS[name]
     whole = fit(*row.make(), rounds=row.rounds, callbacks=[every_step(tmp_path)])
-    checkpoints = by_step(tmp_path)
+    checkpoints, starts = by_step(tmp_path), [0, *round_ends(row)[:-1]]
     assert len(checkpoints) == whole.trainer.global_step > 5
     assert whole.trainer.current_epoch == row.rounds
-    for checkpoint in checkpoints:
-        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint), whole, checkpoint.stem)
+    for step, checkpoint in enumerate(checkpoints, 1):
+        rounds = Starts()
+        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint, callbacks=[rounds]), whole, step)
+        assert rounds.steps == [start for start in starts if start >= step]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "all offline", "changing ranks", "buffered"])
@@ -85,9 +97,12 @@ def test_from_every_step_with_max_steps(name, tmp_path):
     whole = fit(*row.make(), rounds=row.rounds, max_steps=10_000, callbacks=callbacks)
     checkpoints = [checkpoint for folder in (".", "best", "last") for checkpoint in by_step(tmp_path / folder)]
     assert len(checkpoints) == whole.trainer.global_step + 2 * row.rounds
+    starts = [0, *round_ends(row)[:-1]]
     for checkpoint in checkpoints:
-        resumed = fit(*row.make(), rounds=row.rounds, max_steps=10_000, ckpt_path=checkpoint)
-        assert_same(resumed, whole, f"{checkpoint.parent.name} {checkpoint.stem}")
+        rounds, step = Starts(), int(checkpoint.stem.partition("=")[2])
+        resumed = fit(*row.make(), rounds=row.rounds, max_steps=10_000, ckpt_path=checkpoint, callbacks=[rounds])
+        assert_same(resumed, whole, f"{checkpoint.parent.name} {step}")
+        assert rounds.steps == [start for start in starts if start >= step], f"{checkpoint.parent.name} {step}"
 
 
 @pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits"])
@@ -281,7 +296,8 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
     assert_same(fit(make_strategy(fleet=failing()), rounds=4, ckpt_path=tmp_path / "short.ckpt"), whole)
 
 
-def test_resuming_keeps_validating_logging_and_stopping(tmp_path):
+@pytest.mark.parametrize("max_steps", [-1, 10_000])
+def test_resuming_keeps_validating_logging_and_stopping(max_steps, tmp_path):
     """What follows the resumed step is the same for callbacks and loggers too."""
 
     def callbacks():
@@ -291,12 +307,12 @@ def test_resuming_keeps_validating_logging_and_stopping(tmp_path):
         return ALGORITHMS["fedavg"].make()
 
     ends, log = round_ends(ALGORITHMS["fedavg"]), CSVLogger(tmp_path / "whole")
-    whole = fit(*make(), rounds=9, callbacks=[*callbacks(), every_step(tmp_path)], logger=log)
+    whole = fit(*make(), rounds=9, max_steps=max_steps, callbacks=[*callbacks(), every_step(tmp_path)], logger=log)
     assert whole.trainer.current_epoch == 3
     for checkpoint in by_step(tmp_path):
         step = int(checkpoint.stem.partition("=")[2])
         log = CSVLogger(tmp_path / str(step))
-        resumed = fit(*make(), rounds=9, callbacks=callbacks(), ckpt_path=checkpoint, logger=log)
+        resumed = fit(*make(), rounds=9, max_steps=max_steps, callbacks=callbacks(), ckpt_path=checkpoint, logger=log)
         if step not in ends:  # Lightning does not validate again what ended with the checkpoint's own step
             assert_same(resumed, whole, step)
             expected = (tmp_path / "whole/lightning_logs/version_0/metrics.csv").read_text().splitlines()
@@ -336,12 +352,12 @@ def test_mid_round_checkpoints_hold_the_global_weights(name, tmp_path):
 def test_mid_round_checkpoint_holds_the_weights_of_the_rounds_start(tmp_path):
     started = []
 
-    class Starts(L.Callback):
+    class Keep(L.Callback):
         def on_train_epoch_start(self, trainer, module):
             started.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
 
     row = ALGORITHMS["fedavg"]
-    fit(*row.make(), callbacks=[Starts(), every_step(tmp_path)])
+    fit(*row.make(), callbacks=[Keep(), every_step(tmp_path)])
     ends = round_ends(row)
     for checkpoint in by_step(tmp_path):
         step = int(checkpoint.stem.partition("=")[2])

@@ -321,6 +321,8 @@ def test_validating_another_checkpoint_leaves_its_weights_in_the_module(tmp_path
     run = fit()
     run.trainer.validate(run.module, val_loader(), ckpt_path=tmp_path / "early.ckpt", verbose=False)
     assert holds(run.module.state_dict(), early.model)
+    run.trainer.save_checkpoint(tmp_path / "now.ckpt", weights_only=True)  # and what is saved now is what it holds
+    assert holds(torch.load(tmp_path / "now.ckpt", weights_only=True)["state_dict"], early.model)
 
 
 # ----------------------------------------------------------------------------------------- loaders and datasets

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-__all__ = ["check_automatic", "check_trainable", "check_trainer", "require_lightning_trainer", "several_optimizers"]
+from edgebolt.common.federated.partition import Partition
+
+__all__ = [
+    "check_automatic",
+    "check_batches",
+    "check_clients",
+    "check_dataset",
+    "check_trainable",
+    "check_trainer",
+    "require_lightning_trainer",
+    "several_optimizers",
+]
 
 
 def require_lightning_trainer(trainer: Any, who: str) -> None:
@@ -43,6 +58,17 @@ def check_trainer(trainer: pl.Trainer, devices: int) -> None:
             f"val_check_interval={trainer.val_check_interval} would validate one client's weights in mid-round: "
             "leave it at 1.0; validation runs once a round (check_val_every_n_epoch=k: every k rounds)."
         )
+    if trainer.global_step and trainer.ckpt_path is None:
+        raise ValueError(
+            f"This Trainer has trained {trainer.global_step} steps already; its counters go on while the federated "
+            "state would begin afresh: make a new Trainer, or pass ckpt_path to go on."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} would average the weights of different clients step by step: average "
+                "global models in an aggregator instead."
+            )
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit:
         raise ValueError(f"overfit_batches={overfit} cannot be cut by client: use limit_train_batches.")
@@ -79,4 +105,69 @@ def check_trainable(module: pl.LightningModule) -> None:
         raise ValueError(
             f"{type(module).__name__} has no parameter with requires_grad=True, so there is nothing to federate: "
             "unfreeze some, or create them before fit (in __init__, setup or configure_model)."
+        )
+
+
+def check_clients(clients: Any) -> None:
+    """Refuse what says nothing about clients.
+
+    Raises:
+        TypeError, ValueError: with the way out.
+    """
+    if isinstance(clients, Partition) or callable(clients):
+        return
+    if not isinstance(clients, Sequence) or isinstance(clients, str):
+        raise TypeError(
+            f"clients={clients!r}: pass a partition such as IID(100), a list of datasets, or a callable "
+            "client -> dataset."
+        )
+    if not clients:
+        raise ValueError("clients is empty: there must be at least one client.")
+
+
+def check_dataset(loader: Any) -> None:
+    """Refuse a loader whose samples cannot be dealt out to clients.
+
+    Raises:
+        TypeError: with the remedy.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"The training loader is a {type(loader).__name__}: clients are cut from a DataLoader.")
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise TypeError(
+            "The training dataset has no length and cannot be cut by client: use a map-style dataset, "
+            "or give every client its own with clients=[dataset, dataset, ...]."
+        )
+
+
+def check_batches(loader: Any, of_clients: bool = False) -> None:
+    """Refuse a loader that makes its batches in a way that cannot be repeated for one client with one seed.
+
+    Args:
+        loader: the training loader, or a client's own.
+        of_clients: its batch size and collate function alone are used, on the clients' own datasets.
+
+    Raises:
+        TypeError, ValueError: with the remedy.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"The training loader is a {type(loader).__name__}: clients are cut from a DataLoader.")
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            "The training loader has a custom batch_sampler (or none), which cannot be cut by client and repeated "
+            "from a seed: use batch_size=... and shuffle=True or False."
+        )
+    sampler = loader.sampler
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if not whole and not of_clients:
+        raise ValueError(
+            f"The training loader's sampler, a {type(sampler).__name__}, does not visit every sample once an epoch: "
+            "use shuffle=True or shuffle=False, and leave out or repeat samples in the dataset."
+        )
+    if loader.num_workers:
+        warnings.warn(
+            f"num_workers={loader.num_workers}: workers start anew at every visit; 0 is faster with cheap samples.",
+            stacklevel=2,
         )

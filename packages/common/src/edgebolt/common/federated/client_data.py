@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -22,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from edgebolt.common.federated.checks import check_batches, check_dataset
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.partition import Partition
 
@@ -43,6 +42,22 @@ class ClientData(ABC):
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.template = loader
 
+    def renew(self, loader: Any) -> None:
+        """Take the loader that the user's hook made for this round: the same samples, perhaps other settings.
+
+        Raises:
+            ValueError: if it has another number of samples than the partition was made for.
+        """
+        if loader is not self.template and isinstance(self, PartitionedData):
+            check_dataset(loader)
+            check_batches(loader)
+            if len(loader.dataset) != len(self.template.dataset):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"The training loader of this round has {len(loader.dataset)} samples, the partition was made for "
+                    f"{len(self.template.dataset)}: keep the dataset's samples and their order from round to round."  # type: ignore[arg-type]
+                )
+            self.template = loader
+
     @abstractmethod
     def dataset(self, client: int, split: str) -> Dataset[Any]:
         """One client's samples of a split."""
@@ -58,6 +73,13 @@ class ClientData(ABC):
         samples = int(self.samples[client])
         return samples // size if template.drop_last else -(-samples // size)
 
+    def samples_in(self, client: int, steps: int, batch_size: int | None = None) -> int:
+        """Samples in the first ``steps`` training batches; the last batch of a pass may be smaller."""
+        template = self.template_of(client)
+        size, held = batch_size or template.batch_size or 1, int(self.samples[client])
+        passes, rest = divmod(steps, self.steps_an_epoch(client, batch_size))
+        return passes * (held // size * size if template.drop_last else held) + min(rest * size, held)
+
     def loader(self, client: int, split: str = "train", batch_size: int | None = None) -> DataLoader[Any]:
         """A client's samples in their stored order, last incomplete batch included.
 
@@ -70,7 +92,9 @@ class ClientData(ABC):
                 f"Client {client} has no {split!r} sample. Ask for such a split when the data are partitioned, "
                 f"as in Dirichlet(100, alpha=0.5, val=0.2, test=0.1), or give fewer clients more samples."
             )
-        return _rebuilt(self.template_of(client), dataset, SequentialSampler(dataset), batch_size, drop_last=False)  # type: ignore[arg-type]
+        sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+        generator = torch.Generator()  # of its own: no draw from the global state
+        return _rebuilt(self.template_of(client), dataset, sampler, batch_size, False, generator)
 
     def batches(self, client: int, steps: int, batch_size: int | None, seed: int) -> Iterator[Any]:
         """``steps`` training batches: passes over the samples, shuffled by ``seed`` if the user's loader shuffles.
@@ -142,14 +166,19 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
         ValueError: for an empty client, or a callable without a known population.
     """
     data: ClientData
-    check_clients(clients)
     if isinstance(clients, Partition):
+        check_dataset(loader)
+        check_batches(loader)
         data = PartitionedData(loader, clients.split(loader.dataset))
     else:
         if callable(clients):
             if population is None:
                 raise ValueError("clients is a callable: say how many there are with fleet=Fleet.uniform(100), say.")
             clients = [clients(client) for client in range(population)]
+        for used in {id(source): source for source in clients if isinstance(source, DataLoader)}.values():
+            check_batches(used)
+        if not all(isinstance(source, DataLoader) for source in clients):
+            check_batches(loader, of_clients=True)  # its settings make the batches of the others
         data = OwnData(loader, clients)
     empty = np.flatnonzero(data.samples == 0)
     if len(empty):
@@ -167,64 +196,13 @@ def _dataset_of(source: Any) -> Any:
     return dataset
 
 
-def check_clients(clients: Any) -> None:
-    """Refuse what says nothing about clients.
-
-    Raises:
-        TypeError, ValueError: with the way out.
-    """
-    if isinstance(clients, Partition) or callable(clients):
-        return
-    if not isinstance(clients, Sequence) or isinstance(clients, str):
-        raise TypeError(
-            f"clients={clients!r}: pass a partition such as IID(100), a list of datasets, or a callable "
-            "client -> dataset."
-        )
-    if not clients:
-        raise ValueError("clients is empty: there must be at least one client.")
-
-
-def check_loader(loader: Any) -> None:
-    """Refuse what cannot be cut by client, with the remedy.
-
-    Raises:
-        TypeError, ValueError: see the messages.
-    """
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"The training loader is a {type(loader).__name__}: clients are cut from a DataLoader.")
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        raise TypeError(
-            "The training dataset has no length and cannot be cut by client: use a map-style dataset, "
-            "or give every client its own with clients=lambda client: dataset_of(client)."
-        )
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        raise ValueError(
-            "The training loader has a custom batch_sampler (or none), which cannot be cut by client: "
-            "use batch_size=..., or give every client its own loader with clients=lambda client: loader_of(client)."
-        )
-    if loader.num_workers:
-        warnings.warn(
-            f"num_workers={loader.num_workers}: workers start anew at every visit; 0 is faster with cheap samples.",
-            stacklevel=2,
-        )
-    sampler = loader.sampler
-    whole = type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
-    )
-    if not whole:
-        raise ValueError(
-            f"The training loader's sampler, a {type(sampler).__name__}, does not visit every sample once an epoch: "
-            "use shuffle=True or shuffle=False, or give every client its own dataset."
-        )
-
-
 def _rebuilt(
     template: DataLoader[Any],
     dataset: Dataset[Any],
     sampler: Sampler[int],
     batch_size: int | None,
     drop_last: bool,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> DataLoader[Any]:
     """The user's loader over other samples: same collate function (so PyG works), workers and batch size."""
     workers = template.num_workers

@@ -48,8 +48,8 @@ class DeviceFiles:
             touched: clients whose memory may have changed since the last call for the same folder.
             checkpoint: path of the checkpoint that is about to be written.
         """
-        for client in touched:
-            self._filed = {key: value for key, value in self._filed.items() if key[1] != client}
+        changed = set(touched)
+        self._filed = {key: value for key, value in self._filed.items() if key[1] not in changed}
         tensors = {client: _tensors(memory) for client, memory in memories.items()}
         if "://" in str(checkpoint) or sum(t.nbytes for held in tensors.values() for t in held) < self.inline_bytes:
             return memories

@@ -45,14 +45,27 @@ class Proximal(ClientCallback):
             raise ValueError(f"mu={mu!r}: use 0 (federated averaging) or more.")
         self.mu = mu
         self._anchors: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._saved: list[torch.Tensor] = []  # a plain fit's anchors, for checkpoints
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a Trainer of another namespace."""
         require_lightning_trainer(trainer, "Proximal")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The anchor of a plain fit."""
-        self._drop_anchor(pl_module)
+        """The anchor of a plain fit, or of the fit that is resumed."""
+        if not isinstance(trainer.strategy, FederatedStrategy):
+            self._drop_anchor(pl_module)
+            if self._saved:
+                self._anchors = [(p, saved.to(p)) for (p, _), saved in zip(self._anchors, self._saved, strict=True)]
+            self._saved = [anchor for _, anchor in self._anchors]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchors of a plain fit; those of a visit are taken anew."""
+        return {"anchors": self._saved} if self._saved else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The anchors of the fit that is resumed."""
+        self._saved = state_dict["anchors"]
 
     def on_client_start(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
         """The anchor of a visit."""

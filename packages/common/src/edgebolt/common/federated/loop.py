@@ -45,7 +45,7 @@ class FederatedLoop:
         server: its state.
         fleet: what devices can do in each round, and when they die.
         devices: the engine that runs the device half.
-        visit_flops: visit -> FLOPs of one of its steps.
+        visit_flops: visit, number of its steps -> FLOPs of these steps.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FederatedLoop:
         server: Server,
         fleet: Fleet,
         devices: Serial,
-        visit_flops: Callable[[Visit], float],
+        visit_flops: Callable[[Visit, int], float],
     ) -> None:
         self.algorithm, self.server, self.fleet, self.devices = algorithm, server, fleet, devices
         self.visit_flops = visit_flops
@@ -69,7 +69,7 @@ class FederatedLoop:
         self.sent_bytes = 0
         self.outcomes: list[Outcome] = []
         self.losses: list[float] = []
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_sum: torch.Tensor | float = 0.0
         self.bytes_before = (0, 0)
         self.energy_before = 0.0
         self.history: list[dict[str, float]] = []
@@ -142,7 +142,9 @@ class FederatedLoop:
         """Book one trained step."""
         self.done += 1
         if loss is not None:
-            self.loss_sum += loss.detach()
+            self.loss_sum = (
+                self.loss_sum + loss.detach().float()
+            )  # on its device: a copy to the host would wait for it
 
     def _next(self) -> int | None:
         """A waiting visit of a lane's lowest stage, if the lane is idle or runs that very stage."""
@@ -174,7 +176,7 @@ class FederatedLoop:
             round=server.round, client=visit.client, direction="down", nbytes=self.sent_bytes, time=flight.opened
         )
         self.current, self.done = index, 0
-        self.loss_sum.zero_()
+        self.loss_sum = 0.0
         self.devices.open(visit, message, server.round)
 
     def _close(self, visit: Visit) -> None:
@@ -183,7 +185,7 @@ class FederatedLoop:
         cut = self.cuts[self.current]
         assert self.devices.device is not None
         profile = self.devices.device.profile
-        flops = self.visit_flops(visit) * self.done if self.done else 0.0
+        flops = self.visit_flops(visit, self.done) if self.done else 0.0
         message = self.devices.close(visit, died=cut is not None)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
@@ -213,7 +215,7 @@ class FederatedLoop:
             report={} if message is None else cast(dict[str, Any], message.header["report"]),
         )
         flight.arrivals.append((outcome, message if outcome.delivered else None))
-        if self.done:
+        if self.done and outcome.delivered:
             self.losses.append(float(self.loss_sum) / self.done)
         self.current = None
 
@@ -238,9 +240,10 @@ class FederatedLoop:
         server = self.server
         for outcome in outcomes:
             server.clock.spend(outcome.energy)
-        server.reports["visits"][[outcome.visit.client for outcome in outcomes]] += 1
         delivered = [outcome for outcome in outcomes if outcome.delivered]
-        server.reports["last_round"][[outcome.visit.client for outcome in delivered]] = server.round
+        if self.enrolled:
+            server.reports["visits"][[outcome.visit.client for outcome in outcomes]] += 1
+            server.reports["last_round"][[outcome.visit.client for outcome in delivered]] = server.round
         measured = {
             "step_seconds": [(o.visit.client, o.compute_seconds / o.steps) for o in delivered if o.steps],
             "down_bps": [(o.visit.client, 8 * o.down_bytes / o.down_seconds) for o in delivered],
@@ -301,7 +304,13 @@ class FederatedLoop:
         self.enrolled = True
 
     def _checked(self, visits: list[Visit]) -> list[Visit]:
+        seen: set[tuple[int, int]] = set()
         for visit in visits:
+            if (visit.client, visit.stage) in seen:
+                raise ValueError(
+                    f"{visit}: client {visit.client} is visited twice in stage {visit.stage}; use stages."
+                )
+            seen.add((visit.client, visit.stage))
             if visit.client >= self.server.population:
                 raise ValueError(f"{visit}: the population has {self.server.population} clients, 0 to one less.")
         return visits
@@ -338,7 +347,7 @@ class FederatedLoop:
             "sent_bytes": self.sent_bytes,
             "outcomes": [outcome.to_plain() for outcome in self.outcomes],
             "losses": list(self.losses),
-            "loss_sum": self.loss_sum.clone(),
+            "loss_sum": torch.as_tensor(self.loss_sum),
             "bytes_before": self.bytes_before,
             "energy_before": self.energy_before,
             "history": [dict(row) for row in self.history],

@@ -8,7 +8,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from edgebolt.common.federated.algorithm import Algorithm
+from edgebolt.common.federated.checks import check_trainer
 from edgebolt.common.federated.round_loader import RoundLoader
 
 if TYPE_CHECKING:
@@ -35,6 +38,13 @@ class RoundHooks(Callback):
                 f"The training data are a {type(trainer.train_dataloader).__name__} of loaders: give one DataLoader, "
                 "whose dataset is cut by client."
             )
+        if is_overridden("on_train_batch_end", pl_module):
+            rank_zero_warn(
+                f"{type(pl_module).__name__}.on_train_batch_end runs after a visit's last step has been sent: change "
+                "weights in optimizer_step or in a ClientCallback's on_train_batch_end instead."
+            )
+        if type(self._strategy.algorithm).evaluation is not Algorithm.evaluation and not trainer.val_dataloaders:
+            rank_zero_warn("The algorithm validates clients one by one, but fit() was given no validation data.")
         bar = trainer.progress_bar_callback
         if bar is None or bar is self._labelled:
             return
@@ -51,6 +61,13 @@ class RoundHooks(Callback):
             return {}
         position = {"round": str(loop.server.round if loop.running else loop.server.round - 1)}
         return {**position, "visit": f"{loop.opened}/{len(loop.visits)}", "sim": f"{loop.server.now:.3g}s"}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a callback that has turned accumulation on."""
+        if trainer.accumulate_grad_batches != 1:
+            check_trainer(trainer, 1)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

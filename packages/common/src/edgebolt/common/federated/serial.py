@@ -61,10 +61,25 @@ class Serial:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         persistent = module.state_dict().keys()
         buffers = {name: b for name, b in module.named_buffers() if name in persistent}
-        self.places: Tensors = {**trained, **{n: b for n, b in buffers.items() if b.is_floating_point()}}
-        self.counters = {name: (b, b.clone()) for name, b in buffers.items() if not b.is_floating_point()}
+        # Integer counters do not travel, nor do masks of infinities, whose differences would be NaN.
+        averaged = {name: b for name, b in buffers.items() if b.is_floating_point() and bool(b.isfinite().all())}
+        self.places: Tensors = {**trained, **averaged}
+        self.counters = {name: (b, b.clone()) for name, b in buffers.items() if name not in averaged}
         self.initial = self.tensors()  # what every device has from the beginning
         self.precision = dict(trainer.precision_plugin.state_dict())  # a gradient scaler's beginning; else empty
+
+    def check_places(self) -> None:
+        """Refuse parameters that were unfrozen after the beginning: they would go from client to client unseen.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        late = [n for n, p in self.module.named_parameters() if p.requires_grad and n not in self.places]
+        if late:
+            raise ValueError(
+                f"{late[0]} and {len(late) - 1} more parameters were unfrozen after fit began: let all that is ever "
+                "trained require gradients at the beginning, and freeze it in ClientCallback.on_client_start."
+            )
 
     def tensors(self) -> Tensors:
         """A copy of what is federated: trainable parameters and floating buffers, as they are now."""
@@ -178,6 +193,7 @@ class Serial:
         return {
             "memories": self.memories,
             "initial": self.initial,
+            "precision": self.precision,
             "start": self.start,
             "local": None if local is None else local["tensors"],
         }
@@ -185,6 +201,7 @@ class Serial:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it once the optimizer's state is loaded."""
         self.memories, self.initial, self.start = state["memories"], state["initial"], state["start"]
+        self.precision = state["precision"]
         self.device = None
         self.parked = None
         if state["local"] is not None:

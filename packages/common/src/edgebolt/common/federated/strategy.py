@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -16,16 +17,22 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from edgebolt.common.communication import TrafficLedger
 from edgebolt.common.devices import Clock, CostModel, Fleet
 from edgebolt.common.federated.algorithm import Algorithm
-from edgebolt.common.federated.checks import check_automatic, check_trainable, check_trainer, several_optimizers
+from edgebolt.common.federated.checks import (
+    check_automatic,
+    check_clients,
+    check_trainable,
+    check_trainer,
+    several_optimizers,
+)
 from edgebolt.common.federated.client import ClientCallback
-from edgebolt.common.federated.client_data import ClientData, Clients, check_clients, check_loader, make_client_data
+from edgebolt.common.federated.client_data import ClientData, Clients, make_client_data
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.device_files import DeviceFiles
+from edgebolt.common.federated.epoch_counters import align_counters
 from edgebolt.common.federated.loop import FederatedLoop
 from edgebolt.common.federated.partition import IID
 from edgebolt.common.federated.round_hooks import RoundHooks
@@ -33,7 +40,7 @@ from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
 from edgebolt.common.federated.serial import Serial
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.shortcuts import Shortcuts, SilentProfiler
-from edgebolt.common.federated.visit import Evaluation, Visit
+from edgebolt.common.federated.visit import Evaluation, Outcome, Visit
 
 __all__ = ["FederatedStrategy"]
 
@@ -124,8 +131,8 @@ class FederatedStrategy(SingleDeviceStrategy):
     def __repr__(self) -> str:
         """Names the import that a foreign Trainer, which prints this, is missing."""
         return (
-            f"{type(self).__name__}({type(self.algorithm).__name__}) [needs a lightning Trainer: "
-            "`import lightning as L; L.Trainer(strategy=...)`]"
+            f"{type(self).__name__}({type(self.algorithm).__name__}) of lightning, for "
+            "`import lightning as L; L.Trainer(strategy=...)`"
         )
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -159,6 +166,11 @@ class FederatedStrategy(SingleDeviceStrategy):
         return [] if self.loop is None else self.loop.history
 
     @property
+    def outcomes(self) -> list[Outcome]:
+        """What became of the visits of the last round that was finished (or of the running one, so far)."""
+        return [] if self.loop is None else self.loop.outcomes
+
+    @property
     def _running(self) -> FederatedLoop:
         if self.loop is None:
             raise RuntimeError("The server exists once Trainer.fit has begun.")
@@ -189,6 +201,8 @@ class FederatedStrategy(SingleDeviceStrategy):
         callbacks[:] = [*self._callbacks, self._hooks, *others]
         # Without this, rounds of different length would be cut or cycled at the first round's length.
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        if type(self.algorithm).evaluation is not Algorithm.evaluation:
+            trainer.num_sanity_val_steps = 0  # its loader would serve round 0 too
         # Said anew for each round's length, and of no use: what is logged of a round does not depend on steps.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         warnings.filterwarnings("ignore", "`training_step` returned `None`")  # the idle batch
@@ -221,8 +235,6 @@ class FederatedStrategy(SingleDeviceStrategy):
         """While training, the user's loader becomes this round's; otherwise it passes through."""
         trainer = self._trainer
         if trainer.training:
-            check_loader(dataloader)
-            assert isinstance(dataloader, DataLoader)
             return self._round_loader(dataloader)
         if trainer.validating and trainer.state.fn == TrainerFn.FITTING and self.loop is not None:
             evaluations = self.algorithm.evaluation(self.server)
@@ -230,10 +242,13 @@ class FederatedStrategy(SingleDeviceStrategy):
                 return self._evaluation_loader(evaluations, dataloader)
         return dataloader
 
-    def _round_loader(self, loader: DataLoader[Any]) -> RoundLoader:
+    def _round_loader(self, loader: Any) -> RoundLoader:
         if self.loop is None:
             self.loop = self._begin(loader)
             self._restore()
+        else:
+            self._client_data.renew(loader)
+        self.loop.devices.check_places()
         limit = self._trainer.limit_train_batches  # a number of steps, or a share of the round's
         if self._open_epoch:
             # The checkpoint was written after the validation of a round and before its epoch's end: Lightning closes
@@ -258,13 +273,12 @@ class FederatedStrategy(SingleDeviceStrategy):
         self._open_epoch, self._saved = self._saved["open_epoch"], None
 
     def _evaluation_loader(self, evaluations: list[Evaluation], default: Any) -> EvaluationLoader:
-        loaders = [
-            default if evaluation.client is None else self._client_data.loader(evaluation.client, "val")
-            for evaluation in evaluations
-        ]
-        return EvaluationLoader(self._running, evaluations, loaders)
+        data = self._client_data
+        kept = [e for e in evaluations if e.client is None or len(data.dataset(e.client, "val"))]  # type: ignore[arg-type]
+        loaders = [default if e.client is None else data.loader(e.client, "val") for e in kept or evaluations]
+        return EvaluationLoader(self._running, kept or evaluations, loaders)
 
-    def _begin(self, loader: DataLoader[Any]) -> FederatedLoop:
+    def _begin(self, loader: Any) -> FederatedLoop:
         module = self.lightning_module
         assert module is not None
         data = make_client_data(self.clients, loader, None if self.fleet is None else len(self.fleet))
@@ -319,6 +333,13 @@ class FederatedStrategy(SingleDeviceStrategy):
         trainer: Any = self._trainer
         if type(trainer.profiler) is PassThroughProfiler:
             trainer.profiler = SilentProfiler()
+
+    def teardown(self) -> None:
+        """Leave the Trainer as it was."""
+        trainer: Any = self._trainer
+        if type(trainer.profiler) is SilentProfiler:
+            trainer.profiler = PassThroughProfiler()
+        super().teardown()
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The batch on the device, by the module's own hooks."""
@@ -381,22 +402,22 @@ class FederatedStrategy(SingleDeviceStrategy):
         """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
         return next(iter(self._client_data.loader(0)))
 
-    def _visit_flops(self, visit: Visit) -> float:
-        """FLOPs of one step of the visit: those of a sample at the nominal shape, times the batch size."""
+    def _visit_flops(self, visit: Visit, steps: int) -> float:
+        """FLOPs of a visit's steps: those of a sample at the nominal shape, times the samples that were trained."""
         module, data = self.lightning_module, self._client_data
         assert module is not None
         if self._nominal is None:
             self._nominal = self._to_device(self._nominal_batch())
         nominal_size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
-        size = visit.batch_size or data.template_of(visit.client).batch_size or 1
-        return size * self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
+        a_sample = self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
+        return a_sample * data.samples_in(visit.client, steps, visit.batch_size)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The global model, in mid-round too."""
         state = super().lightning_module_state_dict()
-        if self.loop is None:
+        if self.loop is None or self._trainer.state.fn != TrainerFn.FITTING:
             return state
         assert self.lightning_module is not None
         state.update({name: value for name, (_, value) in self.loop.devices.counters.items()})
@@ -413,11 +434,14 @@ class FederatedStrategy(SingleDeviceStrategy):
         state = dict(super().optimizer_state(optimizer))
         if self.loop is None:
             return state
-        return {**state, _KEY: self.loop.state_dict()}
+        return {**state, _KEY: {**self.loop.state_dict(), "cost": self.cost.state_dict()}}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on exactly where the checkpoint was written."""
         saved = dict(checkpoint["optimizer_states"][0])
+        if _KEY not in saved and not checkpoint["global_step"]:  # saved before the first step, as Tuner.lr_find does
+            super().load_optimizer_state_dict(checkpoint)
+            return
         if _KEY not in saved:
             raise ValueError(
                 "The checkpoint was not written by a federated run, so there is no round to go on with: load its "
@@ -426,6 +450,14 @@ class FederatedStrategy(SingleDeviceStrategy):
         self._saved = saved.pop(_KEY)
         devices = self._saved["devices"]
         devices["memories"] = self._files.get(devices["memories"], checkpoint[_KEY])
+        for part in (
+            devices,
+            self._saved["flights"],
+            self._saved["server"]["models"],
+            self._saved["server"]["memory"],
+        ):
+            part.update(move_data_to_device(part, self.root_device))
+        self.cost.load_state_dict(self._saved["cost"])
         super().load_optimizer_state_dict({"optimizer_states": [saved]})
         if self.loop is not None:  # the module asked for trainer.estimated_stepping_batches, which plans round 0
             self._restore()
@@ -453,30 +485,9 @@ class FederatedStrategy(SingleDeviceStrategy):
         states = checkpoint.get("optimizer_states") or [{}]
         if _KEY in states[0]:
             checkpoint[_KEY] = str(checkpoint_path)  # large device memories lie beside it
-            open_epoch = _align_counters(checkpoint["loops"]["fit_loop"], running=states[0][_KEY]["running"])
-            states[0][_KEY]["open_epoch"] = open_epoch
+            states[0][_KEY]["open_epoch"] = align_counters(
+                checkpoint["loops"]["fit_loop"],
+                running=states[0][_KEY]["running"],
+                by_steps=self._trainer.max_steps != -1,
+            )
         return checkpoint
-
-
-def _align_counters(fit_loop: dict[str, Any], running: bool) -> bool:
-    """Make Lightning's epoch end where the round ends; whether a finished round's epoch has still to be closed.
-
-    Two checkpoints disagree: one written between the round's last step and the end of its validation (the round is
-    over, the epoch is not, and the next round's length would be compared with this one's), and one written when
-    ``max_steps``, ``max_time`` or an exception ended the epoch in mid-round (the epoch is over, the round is not).
-    """
-    epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    steps, validation = batches["current"], fit_loop["epoch_loop.val_loop.batch_progress"]
-    stepped, validated = steps["completed"] == steps["ready"], validation["is_last_batch"]
-    unfinished = epoch["current"]["processed"] < epoch["current"]["ready"]
-    if not running and unfinished and not (stepped and validated):
-        for tracker in (batches["current"], batches["total"]):
-            tracker["completed"] = tracker["processed"] = tracker["ready"]
-        if not stepped:
-            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-        for tracker in (epoch["current"], epoch["total"]):
-            tracker["processed"] = tracker["started"]
-    elif running and not unfinished:
-        for tracker in (epoch["current"], epoch["total"]):
-            tracker["processed"] = tracker["completed"] = tracker["ready"] - 1
-    return not running and epoch["current"]["processed"] < epoch["current"]["ready"]
