@@ -35,6 +35,9 @@ LOCAL_EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 10, 0.1
 MU = 1.0  # of FedProx: the largest that Li et al. 2020 search; 0.01 and 0.1 cannot be told from FedAvg here
 
 
+torch.set_num_threads(1)  # matrices this small are slower on several
+
+
 class Classifier(L.LightningModule):
     def __init__(self, pixels):
         super().__init__()

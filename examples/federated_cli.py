@@ -62,5 +62,5 @@ class Digits(L.LightningDataModule):
 
 if __name__ == "__main__":
     config = Path(__file__).with_name("federated.yaml")
-    arguments = sys.argv[1:] or ["fit", "--config", str(config)]
+    arguments = None if sys.argv[1:] else ["fit", "--config", str(config)]
     LightningCLI(Classifier, Digits, save_config_callback=None, args=arguments)

@@ -77,7 +77,7 @@ class Diary(ClientCallback):
 def observed(algorithm, **kwargs):
     """Cohort, environment and failures of a run."""
     diary, fates = Diary(), {}
-    algorithm.client.append(diary)
+    algorithm.callbacks.append(diary)
     finish = algorithm.finish
 
     def noted(server, outcomes):
@@ -140,7 +140,7 @@ class Poison(ClientCallback):
 
 def test_updates_that_are_not_finite_are_dropped_counted_and_logged():
     with pytest.warns(UserWarning, match=r"NaN or infinity.*\[2, 4\]"):
-        run = fit(make_strategy(Algorithm(client=[Poison()]), per_round=6), rounds=2)
+        run = fit(make_strategy(Algorithm(callbacks=[Poison()]), per_round=6), rounds=2)
     assert [f["round/rejected"] for f in run.strategy.history] == [2, 2]
     assert [f["round/delivered"] for f in run.strategy.history] == [4, 4]
     assert run.trainer.callback_metrics["round/rejected"] == 2

@@ -246,7 +246,7 @@ def test_a_split_that_was_not_asked_for(split):
             device.data(split)
 
     with pytest.raises(ValueError, match=r"Dirichlet\(100, alpha=0.5, val=0.2, test=0.1\)"):
-        fit(make_strategy(Algorithm(client=[Asks()])))
+        fit(make_strategy(Algorithm(callbacks=[Asks()])))
 
 
 def test_a_checkpoint_of_a_plain_run(tmp_path):

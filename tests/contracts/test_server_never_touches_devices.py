@@ -89,10 +89,10 @@ class KeepsDevice(Algorithm):
     """Its server half reads what its device half left in a shared object."""
 
     def __init__(self):
-        super().__init__(client=[Cache()])
+        super().__init__(callbacks=[Cache()])
 
     def aggregate(self, server, closed):
-        self.client[0].device.memory["reached"]
+        self.callbacks[0].device.memory["reached"]
 
 
 class LooksAtLosses(Algorithm):
@@ -134,7 +134,7 @@ def test_nobody_foresees_a_failure():
         def on_client_start(self, trainer, module, device, visit):
             seen.append(visit.cut)
 
-    strategy = make_strategy(Server(client=[Client()]), fleet=ALGORITHMS["all die half-way"].strategy()["fleet"])
+    strategy = make_strategy(Server(callbacks=[Client()]), fleet=ALGORITHMS["all die half-way"].strategy()["fleet"])
     run = fit(strategy)
     assert run.strategy.history[1]["round/failed"] == 3
     assert len(seen) == 4 * 9 and set(seen) == {None}

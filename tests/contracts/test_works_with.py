@@ -147,7 +147,7 @@ def test_precision(precision, dtype, tmp_path):
 
     def make():
         optimizer = "sgd" if precision == "16-true" else "adamw"  # whose epsilon is 0 in float16
-        return make_strategy(Algorithm(client=[Look()])), Net(optimizer)
+        return make_strategy(Algorithm(callbacks=[Look()])), Net(optimizer)
 
     run = fit(*make(), precision=precision)
     assert seen == {dtype} == {tensor.dtype for tensor in run.model.values()}
@@ -184,7 +184,7 @@ def test_gradient_clipping():
             def configure_optimizers(self):
                 return self.make_optimizer()
 
-        fit(make_strategy(Algorithm(client=[Look()])), Plain(), rounds=1, gradient_clip_val=clip)
+        fit(make_strategy(Algorithm(callbacks=[Look()])), Plain(), rounds=1, gradient_clip_val=clip)
 
     changes(0.05)
     changes(None)
@@ -545,7 +545,7 @@ def test_buffers():
             uploads.append((device.samples, update["body.1.running_mean"]))
             return update
 
-    run = fit(make_strategy(Algorithm(client=[Look()])), rounds=1)
+    run = fit(make_strategy(Algorithm(callbacks=[Look()])), rounds=1)
     change, total = torch.zeros(12), sum(samples for samples, _ in uploads)
     for samples, update in uploads:
         change.add_(update, alpha=samples / total)

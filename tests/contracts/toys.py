@@ -68,7 +68,7 @@ class Patience(Algorithm):
     """Devices that died go on where they stopped; who is chosen depends on a count of successes and failures."""
 
     def __init__(self):
-        super().__init__(client=[Cache()])
+        super().__init__(callbacks=[Cache()])
 
     def notes(self, server):
         nobody = torch.zeros(server.population, dtype=torch.int64)
@@ -130,7 +130,7 @@ class StaleModel(Algorithm):
     """Newcomers get the whole model, the others a third of its entries."""
 
     def __init__(self):
-        super().__init__(down=Sparse(1 / 3), client=[Holds()])
+        super().__init__(down=Sparse(1 / 3), callbacks=[Holds()])
         self.whole = Sparse(1.0)
 
     def download(self, server, visit):
@@ -161,7 +161,7 @@ class Ranks(Algorithm):
     """A rank for each visit; the server takes the merged product apart again."""
 
     def __init__(self):
-        super().__init__(client=[Truncate()])
+        super().__init__(callbacks=[Truncate()])
 
     def plan(self, server):
         ranks = (1, 2, 4)
@@ -200,7 +200,7 @@ class Clusters(Algorithm):
     """Two clusters with a body each; heads never leave the devices."""
 
     def __init__(self):
-        super().__init__(client=[PrivateHead()])
+        super().__init__(callbacks=[PrivateHead()])
 
     def model_of(self, server, client):
         name = f"cluster/{client % 2}"
@@ -297,7 +297,7 @@ class Enrolled(Algorithm):
     """Every device reports its labels before the first round; each round asks those with most of one label."""
 
     def __init__(self):
-        super().__init__(client=[Histogram()], aggregator=WeightedMean("uniform"))
+        super().__init__(callbacks=[Histogram()], aggregator=WeightedMean("uniform"))
 
     def enrol(self, server):
         return [Visit(client, 0, start=None, settings={"enrol": True}) for client in range(server.population)]

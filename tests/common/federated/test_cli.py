@@ -118,7 +118,7 @@ def test_yaml_is_the_same_run_as_python(tmp_path):
 def test_a_preset_takes_its_own_arguments_and_all_others(tmp_path):
     strategy = fit(tmp_path, TRAINER + FEDAVG).trainer.strategy
     assert type(strategy) is FedAvgStrategy and type(strategy.algorithm) is FedAvg
-    assert strategy.algorithm.client, "moments: keep is a callback"
+    assert strategy.algorithm.callbacks, "moments: keep is a callback"
     assert (len(strategy.clients), len(strategy.fleet), strategy.local_steps) == (5, 5, 3)
     assert [row["round/visits"] for row in strategy.history] == [5, 5]
 

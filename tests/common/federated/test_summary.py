@@ -189,7 +189,9 @@ def test_a_run_resumed_from_any_step_has_every_round(tmp_path):
     assert len(list((tmp_path / "saved").iterdir())) == steps > 8
     for step in range(1, steps):  # after the last there is nothing to resume
         resumed, _ = run(tmp_path / "resumed", ckpt_path=tmp_path / "saved" / f"step={step}.ckpt")
-        exact = [{name: row[name] for name in plain} for row, plain in zip(resumed.rows, strategy.history, strict=True)]
+        exact = [
+            {name: row[name] for name in plain} for row, plain in zip(resumed.rows, strategy.history, strict=True)
+        ]
         assert exact == strategy.history
         assert resumed.rows[-1]["val_acc"] == whole.rows[-1]["val_acc"]
 

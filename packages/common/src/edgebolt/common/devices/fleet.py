@@ -119,6 +119,7 @@ class Fleet:
         # One row a profile: the modes of a kind lie next to each other, the first one at `_first[kind]`.
         profiles = [profile for modes in kinds for profile in modes]
         self._modes = np.array([len(modes) for modes in kinds], dtype=np.int64)
+        self._redrawn = bool((self._modes > 1).any())
         self._first = np.concatenate([[0], np.cumsum(self._modes)[:-1]])
         self._names = np.array([profile.name for profile in profiles])
         self._table = {
@@ -307,7 +308,7 @@ class Fleet:
 
     def _rows_of(self, round: int) -> dict[str, NDArray[Any]]:
         """The columns of the profile table, one entry a device, in the power modes of this round."""
-        period = round // self.redraw_every if (self._modes > 1).any() else 0
+        period = round // self.redraw_every if self._redrawn else 0
         columns = self._gathered.get(period)
         if columns is None:
             mode = (stream(self.seed, "mode", period).random(len(self)) * self._modes[self._kind]).astype(np.int64)

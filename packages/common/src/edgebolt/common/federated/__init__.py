@@ -1,6 +1,6 @@
 """Federated learning inside a Lightning ``Trainer``: one epoch is one communication round."""
 
-from edgebolt.common.federated.algorithm import Algorithm, Uniform, WeightedMean
+from edgebolt.common.federated.algorithm import Aggregator, Algorithm, Configure, Selector, Uniform, WeightedMean
 from edgebolt.common.federated.client import ClientCallback, KeepMoments
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.device import Device
@@ -17,11 +17,13 @@ from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Update,
 
 __all__ = [
     "IID",
+    "Aggregator",
     "Algorithm",
     "ByKey",
     "ClientCallback",
     "ClientIndex",
     "Closed",
+    "Configure",
     "Device",
     "Dirichlet",
     "Evaluation",
@@ -35,6 +37,7 @@ __all__ = [
     "Outcome",
     "Partition",
     "Proximal",
+    "Selector",
     "Server",
     "Shards",
     "Sizes",

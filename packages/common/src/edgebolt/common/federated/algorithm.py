@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Visit
 
 __all__ = ["Aggregator", "Algorithm", "Configure", "Selector", "Uniform", "WeightedMean"]
+
+Weights = Literal["samples", "uniform"]
 
 
 @runtime_checkable
@@ -59,7 +61,7 @@ class WeightedMean:
     Sums run in float32 or wider, in the order of client indices. A tensor that nobody sent keeps its value.
     """
 
-    def __init__(self, weights: str = "samples") -> None:
+    def __init__(self, weights: Weights = "samples") -> None:
         if weights not in ("samples", "uniform"):
             raise ValueError(f"weights={weights!r}: use 'samples' or 'uniform'.")
         self.weights = weights
@@ -97,7 +99,7 @@ class Algorithm:
         configure: applied in turn to the planned visits.
         aggregator: how updates are merged; default :class:`WeightedMean`.
         down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`.
-        client: the device half: callbacks that install, train and upload.
+        callbacks: the device half: what devices do beside training.
 
     Attributes:
         carries_over: ``True``: updates may stay in flight past the round's end (asynchronous algorithms).
@@ -116,14 +118,14 @@ class Algorithm:
         aggregator: Aggregator | None = None,
         down: Codec | None = None,
         up: Codec | None = None,
-        client: Sequence[ClientCallback] = (),
+        callbacks: Sequence[ClientCallback] = (),
     ) -> None:
         self.selector: Selector = Uniform() if selector is None else selector
         self.configure = list(configure)
         self.aggregator: Aggregator = WeightedMean() if aggregator is None else aggregator
         self.down: Codec = Dense() if down is None else down
         self.up: Codec = Dense() if up is None else up
-        self.client = list(client)
+        self.callbacks = list(callbacks)
 
     @property
     def parts(self) -> list[Any]:

@@ -58,6 +58,10 @@ class ClientData(ABC):
                 )
             self.template = loader
 
+    def rows(self, client: int) -> torch.Tensor | None:
+        """Numbers of a client's training samples in the template's dataset, int64, if it is cut from there."""
+        return None
+
     @abstractmethod
     def dataset(self, client: int, split: str) -> Dataset[Any]:
         """One client's samples of a split."""
@@ -109,7 +113,7 @@ class ClientData(ABC):
             if isinstance(template.sampler, RandomSampler)
             else SequentialSampler(dataset)  # type: ignore[arg-type]
         )
-        tensors = _plain_tensors(template, dataset)
+        tensors = _plain_tensors(template, dataset, self.rows(client))
         passes: Callable[[], Iterator[Any]]
         if tensors is None:
             passes = _rebuilt(template, dataset, sampler, batch_size, template.drop_last, generator).__iter__
@@ -134,6 +138,12 @@ class PartitionedData(ClientData):
         super().__init__(loader)
         self.index = index
         self.samples = index.sizes("train")
+        self._rows = torch.tensor(index.index)
+
+    def rows(self, client: int) -> torch.Tensor:
+        """A view of the index."""
+        first, last = self.index.offsets[3 * client : 3 * client + 2]
+        return self._rows[first:last]
 
     def dataset(self, client: int, split: str) -> Dataset[Any]:
         """A view into the whole dataset."""
@@ -223,17 +233,18 @@ def _rebuilt(
 
 
 def _plain_tensors(
-    template: DataLoader[Any], dataset: Dataset[Any]
+    template: DataLoader[Any], dataset: Dataset[Any], rows: torch.Tensor | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor] | None:
-    """The tensors behind a subset of a TensorDataset and its rows, if nothing else has a say in a batch."""
+    """The columns of a TensorDataset and a client's rows, if nothing else has a say in a batch."""
     if (
-        isinstance(dataset, Subset)
+        rows is not None
+        and isinstance(dataset, Subset)
         and type(dataset.dataset) is TensorDataset
         and template.collate_fn is default_collate
         and not template.num_workers
         and not template.pin_memory
     ):
-        return dataset.dataset.tensors, torch.tensor(np.asarray(dataset.indices))
+        return dataset.dataset.tensors, rows
     return None
 
 

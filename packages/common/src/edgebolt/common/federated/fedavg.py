@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from edgebolt.common.federated.algorithm import Algorithm, WeightedMean
+from edgebolt.common.federated.algorithm import Algorithm, WeightedMean, Weights
 from edgebolt.common.federated.client import KeepMoments
 from edgebolt.common.federated.strategy import FederatedStrategy
 
 __all__ = ["FedAvg", "FedAvgStrategy"]
+
+Moments = Literal["reset", "keep"]
 
 
 class FedAvg(Algorithm):
@@ -29,23 +31,23 @@ class FedAvg(Algorithm):
 
     Example::
 
-        >>> FedAvg(moments="keep").client
+        >>> FedAvg(moments="keep").callbacks
         [<edgebolt.common.federated.client.KeepMoments object at ...>]
     """
 
-    def __init__(self, weights: str = "samples", moments: str = "reset") -> None:
+    def __init__(self, weights: Weights = "samples", moments: Moments = "reset") -> None:
         if moments not in ("reset", "keep"):
             raise ValueError(f"moments={moments!r}: use 'reset' or 'keep'.")
-        super().__init__(aggregator=WeightedMean(weights), client=[KeepMoments()] if moments == "keep" else [])
+        super().__init__(aggregator=WeightedMean(weights), callbacks=[KeepMoments()] if moments == "keep" else [])
 
 
 class FedAvgStrategy(FederatedStrategy):
     """:class:`FedAvg` as a strategy of its own; ``Trainer(strategy="fedavg")`` once this package is imported.
 
     Args:
-        weights: see :class:`FedAvg`.
-        moments: see :class:`FedAvg`.
-        **kwargs: see :class:`FederatedStrategy`; by default ten clients with an equal share each, all in every round.
+        weights: ``"samples"`` or ``"uniform"``.
+        moments: ``"reset"`` or ``"keep"``, at every visit.
+        **kwargs: those of ``FederatedStrategy``; by default ten clients with an equal share each, all in every round.
 
     Example::
 
@@ -56,7 +58,7 @@ class FedAvgStrategy(FederatedStrategy):
 
     strategy_name = "fedavg"
 
-    def __init__(self, weights: str = "samples", moments: str = "reset", **kwargs: Any) -> None:
+    def __init__(self, weights: Weights = "samples", moments: Moments = "reset", **kwargs: Any) -> None:
         super().__init__(algorithm=FedAvg(weights, moments), **kwargs)
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from edgebolt.common.federated.algorithm import Weights
 from edgebolt.common.federated.checks import require_lightning_trainer
 from edgebolt.common.federated.client import ClientCallback
-from edgebolt.common.federated.fedavg import FedAvg
+from edgebolt.common.federated.fedavg import FedAvg, Moments
 from edgebolt.common.federated.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -93,18 +94,18 @@ class FedProx(FedAvg):
 
     Args:
         mu: strength of the proximal term.
-        weights: ``"samples"`` or ``"uniform"``; see :class:`FedAvg`.
-        moments: ``"reset"`` or ``"keep"``; see :class:`FedAvg`.
+        weights: ``"samples"`` or ``"uniform"``.
+        moments: ``"reset"`` or ``"keep"``, at every visit.
 
     Example::
 
-        >>> FedProx(mu=0.1).client[0].mu
+        >>> FedProx(mu=0.1).callbacks[0].mu
         0.1
     """
 
-    def __init__(self, mu: float = 0.01, weights: str = "samples", moments: str = "reset") -> None:
+    def __init__(self, mu: float = 0.01, weights: Weights = "samples", moments: Moments = "reset") -> None:
         super().__init__(weights, moments)
-        self.client.append(Proximal(mu))
+        self.callbacks.append(Proximal(mu))
 
 
 class FedProxStrategy(FederatedStrategy):
@@ -112,14 +113,16 @@ class FedProxStrategy(FederatedStrategy):
 
     Args:
         mu: strength of the proximal term.
-        weights: see :class:`FedAvg`.
-        moments: see :class:`FedAvg`.
-        **kwargs: see :class:`FederatedStrategy`.
+        weights: ``"samples"`` or ``"uniform"``.
+        moments: ``"reset"`` or ``"keep"``, at every visit.
+        **kwargs: those of ``FederatedStrategy``.
     """
 
     strategy_name = "fedprox"
 
-    def __init__(self, mu: float = 0.01, weights: str = "samples", moments: str = "reset", **kwargs: Any) -> None:
+    def __init__(
+        self, mu: float = 0.01, weights: Weights = "samples", moments: Moments = "reset", **kwargs: Any
+    ) -> None:
         super().__init__(algorithm=FedProx(mu, weights, moments), **kwargs)
 
 

@@ -173,11 +173,20 @@ class FederatedLoop:
             raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
         self.sent_bytes = message.nbytes
         server.ledger.add(
-            round=server.round, client=visit.client, direction="down", nbytes=self.sent_bytes, time=flight.opened
+            round=server.round,
+            client=visit.client,
+            direction="down",
+            nbytes=self.sent_bytes,
+            time=flight.opened,
+            kind=self._kind,
         )
         self.current, self.done = index, 0
         self.loss_sum = 0.0
         self.devices.open(visit, message, server.round)
+
+    @property
+    def _kind(self) -> str:
+        return "model" if self.enrolled else "enrolment"
 
     def _close(self, visit: Visit) -> None:
         server, flight = self.server, self.flights[visit.lane]
@@ -197,7 +206,7 @@ class FederatedLoop:
         if message is not None:
             server.ledger.add(
                 round=server.round, client=visit.client, direction="up", nbytes=up_bytes, time=finished,
-                delivered=not reason,
+                delivered=not reason, kind=self._kind,
             )  # fmt: skip
         outcome = Outcome(
             visit=replace(visit, cut=cut),

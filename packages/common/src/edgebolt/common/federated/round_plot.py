@@ -25,7 +25,7 @@ def plot_round(
     A visit that delivered nothing ends in a cross.
 
     Args:
-        outcomes: of one round: ``strategy.loop.outcomes``, or what ``Algorithm.finish`` is given.
+        outcomes: of one round: ``strategy.outcomes``, or what ``Algorithm.finish`` is given.
         ax: where to draw; ``None``: a new figure.
         path: where to save the picture, if anywhere.
 

@@ -189,10 +189,10 @@ class FederatedStrategy(SingleDeviceStrategy):
             return
         check_trainer(trainer, len(self._devices))
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        ours = [self._hooks, *self.algorithm.client]
+        ours = [self._hooks, *self.algorithm.callbacks]
         theirs = [callback for callback in callbacks if not any(callback is mine for mine in ours)]
         self._callbacks = [
-            *self.algorithm.client,
+            *self.algorithm.callbacks,
             *(callback for callback in theirs if isinstance(callback, ClientCallback)),
         ]
         # The device half first, so that its hooks run while the visit is open; then the round's own, which close it;

@@ -2,7 +2,7 @@
 
 Every contestant makes the same steps on the same batches, so its final weights must be the same, bit for bit.
 Seconds are those between ``on_train_start`` and ``on_train_end``: planning, messages, ledger and aggregation are in,
-imports and the partition are not (see ``test_bench_memory.py``). Nothing is evaluated.
+imports and the partition are not (see ``test_bench_common_memory.py``). Nothing is evaluated.
 """
 
 from functools import cache
