@@ -1,5 +1,6 @@
 """What cannot be federated is refused before it starts, and the message says what to do instead."""
 
+import lightning as L
 import pytest
 import torch
 from runs import CLIENTS, TRAIN, Net, fit, make_strategy, make_trainer, train_loader, val_loader
@@ -276,3 +277,43 @@ def test_a_foreign_trainer_and_a_callback_of_ours():
     foreign = pytest.importorskip("pytorch_lightning")
     with pytest.raises(TypeError, match="import lightning as L"):
         Proximal().setup(foreign.Trainer(accelerator="cpu", logger=False), Net(), "fit")
+
+
+def test_a_second_fit_of_the_same_trainer(tmp_path):
+    run = fit(rounds=3)
+    run.trainer.save_checkpoint(tmp_path / "three.ckpt")
+    with pytest.raises(ValueError, match="make a new Trainer, or pass ckpt_path"):
+        run.trainer.fit(run.module, train_loader(), val_loader())
+    run.trainer.fit_loop.max_epochs = 4  # the remedy works
+    run.trainer.fit(run.module, train_loader(), val_loader(), ckpt_path=tmp_path / "three.ckpt")
+    assert [figures["round"] for figures in run.strategy.history] == [0, 1, 2, 3]
+
+
+def test_parameters_unfrozen_later():
+    class Unfreeze(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            module.head.weight.requires_grad_(True)
+
+    module = Net()
+    module.head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="let all that is ever trained require gradients at the beginning"):
+        fit(module=module, callbacks=[Unfreeze()])
+
+
+def test_accumulation_that_a_callback_turns_on():
+    with pytest.raises(ValueError, match="larger batch_size"):
+        fit(callbacks=[L.pytorch.callbacks.GradientAccumulationScheduler({1: 4})])
+
+
+def test_weight_averaging():
+    with pytest.raises(ValueError, match="in an aggregator instead"):
+        fit(callbacks=[L.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01)])
+
+
+def test_two_visits_of_a_client_in_one_stage():
+    class Twice(Algorithm):
+        def plan(self, server):
+            return [Visit(1, 2), Visit(1, 3)]
+
+    with pytest.raises(ValueError, match="visited twice in stage 0"):
+        fit(make_strategy(Twice()))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from algorithms import ALGORITHMS, failing, lost
+from lightning.pytorch.tuner import Tuner
 from runs import (
     BATCH,
     CLIENTS,
@@ -25,7 +26,7 @@ from runs import (
     val_loader,
 )
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from edgebolt.common.devices import Fleet
 from edgebolt.common.federated import Algorithm, ClientCallback, FedAvg, Sizes
@@ -601,3 +602,39 @@ def test_a_training_step_that_skips_batches():
     count = Count()
     run = fit(module=Skips(), callbacks=[count])
     assert sum(count.steps) == run.trainer.global_step and len(run.strategy.history) == count.validations == 3
+
+
+def test_masks_of_infinities():
+    class Masked(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+    run = fit(module=Masked())
+    assert [figures["round/delivered"] for figures in run.strategy.history] == [3, 3, 3]
+    assert torch.equal(run.module.mask, Masked().mask)
+
+
+def test_clients_with_loaders_of_their_own_need_no_cuttable_main_loader():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TRAIN)
+
+    own = [DataLoader(Subset(TRAIN, range(8 * c, 8 * c + 8)), batch_size=4, shuffle=True) for c in range(6)]
+    run = fit(make_strategy(clients=own), train=DataLoader(Stream(), batch_size=4))
+    assert len(run.strategy.history) == 3
+
+
+def test_the_tuner_may_look_for_a_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Tunable(Net):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    trainer = make_trainer(make_strategy(), rounds=5)
+    found = Tuner(trainer).lr_find(Tunable(), train_loader(), num_training=10)
+    assert found.suggestion() is None or found.suggestion() > 0
+    assert len(found.results["lr"]) >= 9

@@ -15,6 +15,7 @@ from edgebolt.common.federated.partition import Partition
 __all__ = [
     "check_automatic",
     "check_batches",
+    "check_beginning",
     "check_clients",
     "check_dataset",
     "check_trainable",
@@ -58,11 +59,6 @@ def check_trainer(trainer: pl.Trainer, devices: int) -> None:
             f"val_check_interval={trainer.val_check_interval} would validate one client's weights in mid-round: "
             "leave it at 1.0; validation runs once a round (check_val_every_n_epoch=k: every k rounds)."
         )
-    if trainer.global_step and trainer.ckpt_path is None:
-        raise ValueError(
-            f"This Trainer has trained {trainer.global_step} steps already; its counters go on while the federated "
-            "state would begin afresh: make a new Trainer, or pass ckpt_path to go on."
-        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ValueError(
@@ -72,6 +68,19 @@ def check_trainer(trainer: pl.Trainer, devices: int) -> None:
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit:
         raise ValueError(f"overfit_batches={overfit} cannot be cut by client: use limit_train_batches.")
+
+
+def check_beginning(trainer: pl.Trainer) -> None:
+    """Refuse a second ``fit`` of a Trainer that does not say where to go on.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if trainer.global_step and trainer.ckpt_path is None:
+        raise ValueError(
+            f"This Trainer has trained {trainer.global_step} steps already; its counters go on while the federated "
+            "state would begin afresh: make a new Trainer, or pass ckpt_path to go on."
+        )
 
 
 def check_automatic(module: pl.LightningModule) -> None:

@@ -23,6 +23,7 @@ from edgebolt.common.devices import Clock, CostModel, Fleet
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.checks import (
     check_automatic,
+    check_beginning,
     check_clients,
     check_trainable,
     check_trainer,
@@ -212,6 +213,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
             check_trainable(self.lightning_module)
+            check_beginning(trainer)
             self.loop = self._data = self._saved = None
             self._open_epoch = False
             self.clock, self.ledger, self._nominal = Clock(), TrafficLedger(), None
