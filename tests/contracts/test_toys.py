@@ -11,7 +11,7 @@ from runs import BATCH, CLIENTS, SAMPLES, TRAIN, WITH_VAL, LowRankNet, fit, hold
 from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel
 
 from edgebolt.common.devices import CostModel, Fleet
-from edgebolt.common.federated import Algorithm, FedAvg, Sizes
+from edgebolt.common.federated import Algorithm, Evaluation, FedAvg, Sizes
 
 
 def outcomes_of(strategy, module=None, **trainer):
@@ -225,6 +225,33 @@ def test_private_heads_stay_and_validation_is_per_client():
     assert bool(torch.isfinite(reported[[c in memories for c in range(CLIENTS)]]).all())
 
 
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_clients_are_validated_from_the_first_round_on(sanity_steps):
+    batches = []
+
+    class Look(L.Callback):
+        def on_validation_start(self, trainer, module):
+            batches.append(0)
+
+        def on_validation_batch_end(self, *args):
+            batches[-1] += 1
+
+    strategy = make_strategy(Clusters(), clients=Sizes(WITH_VAL, seed=0, val=0.3))
+    fit(strategy, callbacks=[Look()], num_sanity_val_steps=sanity_steps)
+    held = Sizes(WITH_VAL, seed=0, val=0.3).split(TRAIN).sizes("val")
+    assert batches == [sum(-(-int(n) // BATCH) for n in held)] * 3
+
+
+def test_clients_without_validation_samples_are_passed_over():
+    class Everybody(Algorithm):
+        def evaluation(self, server):
+            return [Evaluation("global", client) for client in range(CLIENTS)]
+
+    sizes = [2, *WITH_VAL[1:]]  # the first has too few to hold one out
+    run = fit(make_strategy(Everybody(), clients=Sizes(sizes, seed=0, val=0.3, min_samples=2)))
+    assert "val_loss" in run.trainer.callback_metrics
+
+
 def test_updates_stay_in_flight_past_the_round():
     fleet = Fleet.uniform(CLIENTS)
     run, rounds = outcomes_of(make_strategy(Buffered(), fleet=fleet), rounds=5)
@@ -298,6 +325,8 @@ def test_enrolment_reports_before_the_first_round():
     expected = Sizes(SAMPLES, seed=0).split(TRAIN).label_counts(TRAIN.tensors[1].numpy())
     assert torch.equal(run.strategy.server.reports["labels"], torch.tensor(expected, dtype=torch.float64))
     entries = run.strategy.ledger.entries()
+    assert bool((run.strategy.server.reports["last_round"] == -1).all())  # nobody has had the model
+    assert run.strategy.server.reports["visits"].sum() == 3
     assert entries["up"].sum() == CLIENTS  # enrolment never fails; then everybody dies
     assert entries["client"][: 2 * CLIENTS].tolist() == [c for c in range(CLIENTS) for _ in (0, 1)]
     assert run.strategy.history[0]["round/failed"] == 3
