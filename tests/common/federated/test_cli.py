@@ -165,7 +165,7 @@ def test_the_summary_is_a_callback_of_the_yaml(tmp_path):
     ("name", "expected"),
     [
         ("FederatedStrategy", [r"algorithm ALGORITHM", "FedProx"]),
-        ("FedAvgStrategy", ["weights WEIGHTS", "(type: str, default: samples)"]),
+        ("FedAvgStrategy", ["weights {samples,uniform}", "moments {reset,keep}"]),
         ("FedProxStrategy", ["mu MU", "(type: float, default: 0.01)"]),
     ],
 )

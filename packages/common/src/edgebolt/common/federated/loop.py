@@ -139,12 +139,10 @@ class FederatedLoop:
         return self.visits[self.current]  # type: ignore[index]  # open() has set it
 
     def step_done(self, loss: torch.Tensor | None) -> None:
-        """Book one trained step."""
+        """Book one trained step. The loss stays on its device until the visit closes: reading it would wait for it."""
         self.done += 1
         if loss is not None:
-            self.loss_sum = (
-                self.loss_sum + loss.detach().float()
-            )  # on its device: a copy to the host would wait for it
+            self.loss_sum = self.loss_sum + loss.detach().float()
 
     def _next(self) -> int | None:
         """A waiting visit of a lane's lowest stage, if the lane is idle or runs that very stage."""
@@ -205,9 +203,14 @@ class FederatedLoop:
         finished = flight.opened + down + compute + up
         if message is not None:
             server.ledger.add(
-                round=server.round, client=visit.client, direction="up", nbytes=up_bytes, time=finished,
-                delivered=not reason, kind=self._kind,
-            )  # fmt: skip
+                round=server.round,
+                client=visit.client,
+                direction="up",
+                nbytes=up_bytes,
+                time=finished,
+                kind=self._kind,
+                delivered=not reason,
+            )
         outcome = Outcome(
             visit=replace(visit, cut=cut),
             steps=self.done,
@@ -237,7 +240,9 @@ class FederatedLoop:
         server.clock.advance_to(max(server.now, closing[lane]))
         arrivals = [(_closed(outcome, closing[lane]), message) for outcome, message in flight.arrivals]
         arrivals.sort(key=lambda arrival: arrival[0].visit.client)
-        updates = [Update(outcome, message) for outcome, message in arrivals if outcome.delivered and message]
+        updates = [
+            Update(outcome, message) for outcome, message in arrivals if outcome.delivered and message is not None
+        ]
         outcomes = [outcome for outcome, _ in arrivals]
         self._book(outcomes)
         self.algorithm.aggregate(server, Closed(lane, flight.stage, updates, outcomes))
