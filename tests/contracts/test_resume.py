@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from lightning.pytorch.loggers import CSVLogger
 from runs import Net, assert_same, exact, fit, holds, make_strategy
 
-from edgebolt.common.federated import FedAvg
+from edgebolt.common.federated import ClientCallback, FedAvg
 from edgebolt.common.federated.device_files import DeviceFiles
 
 
@@ -395,3 +395,53 @@ def test_sigkill(name, tmp_path):
     assert len(checkpoints) == step
     whole = fit(*row.make(), rounds=row.rounds)
     assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoints[-1]), whole)
+
+
+@pytest.mark.parametrize("max_steps", [-1, 10_000])
+@pytest.mark.parametrize("name", ["fedavg", "changing ranks", "all offline"])
+def test_from_the_start_of_every_epoch(name, max_steps, tmp_path):
+    class Save(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    row = ALGORITHMS[name]
+    whole = fit(*row.make(), rounds=row.rounds, max_steps=max_steps, callbacks=[Save()])
+    for epoch in range(row.rounds):
+        path = tmp_path / f"{epoch}.ckpt"
+        assert_same(fit(*row.make(), rounds=row.rounds, max_steps=max_steps, ckpt_path=path), whole, f"epoch {epoch}")
+
+
+class Breaks(ClientCallback):
+    """An error in the code of a device, once."""
+
+    def __init__(self, where, visits=4):
+        self.where, self.left = where, visits
+
+    def at(self, where):
+        if where == self.where:
+            self.left -= 1
+            if not self.left:
+                raise RuntimeError("sensor unplugged")
+
+    def install(self, device, visit, tensors):
+        self.at("install")
+        return tensors
+
+    def on_client_end(self, trainer, module, device, visit):
+        self.at("end")
+
+    def upload(self, device, visit, update):
+        self.at("upload")
+        return update
+
+
+@pytest.mark.parametrize("where", ["install", "end", "upload"])
+def test_error_between_steps(where, tmp_path):
+    """What was saved before goes on exactly; what was saved in the middle of a message is refused."""
+    whole = fit()
+    callbacks = [every_step(tmp_path), OnExceptionCheckpoint(tmp_path / "exception", "last"), Breaks(where)]
+    with pytest.raises(RuntimeError, match="sensor unplugged"):
+        fit(callbacks=callbacks)
+    with pytest.raises(ValueError, match="resume from the last checkpoint before it"):
+        fit(ckpt_path=tmp_path / "exception" / "last.ckpt")
+    assert_same(fit(ckpt_path=by_step(tmp_path)[-1]), whole)

@@ -92,16 +92,17 @@ class Linear(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def fit(folder, ckpt_path=None, keep=-1):
+def fit(folder, ckpt_path=None, keep=-1, strategy=None):
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(40, 4, generator=generator), torch.randint(2, (40,), generator=generator))
-    strategy = FederatedStrategy(FedAvg(moments="keep"), clients=IID(5), per_round=2)
+    accelerator = "cpu" if strategy is None else "auto"
+    strategy = strategy or FederatedStrategy(FedAvg(moments="keep"), clients=IID(5), per_round=2)
     strategy._files.inline_bytes = 0
     saver = ModelCheckpoint(folder, filename="{step}", save_top_k=keep, every_n_train_steps=1, monitor=None)
     trainer = L.Trainer(
         max_epochs=4,
         strategy=strategy,
-        accelerator="cpu",
+        accelerator=accelerator,
         callbacks=[saver],
         logger=False,
         enable_progress_bar=False,
@@ -126,3 +127,29 @@ def test_only_what_the_last_checkpoint_lists_is_left(tmp_path):
     assert len(list(tmp_path.glob("*.ckpt"))) == 1
     with_moments = [memory for memory in strategy.loop.devices.memories.values() if memory]
     assert len(list((tmp_path / "devices").iterdir())) == len(with_moments)
+
+
+def test_a_path_may_be_spelled_in_several_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files, held = DeviceFiles(inline_bytes=0), memories()
+    plain = files.put(held, [0], "mine.ckpt")
+    files.put(held, [], tmp_path / "other.ckpt")
+    files.forget(tmp_path / "other.ckpt")
+    assert equal(DeviceFiles().get(plain, "mine.ckpt"), memories())
+
+
+def test_two_runs_in_one_folder_keep_off_each_others_files(tmp_path):
+    first, second = DeviceFiles(inline_bytes=0), DeviceFiles(inline_bytes=0)
+    first.put(memories(), [0], tmp_path / "first.ckpt")
+    plain = second.put(memories(), [0], tmp_path / "second.ckpt")
+    first.forget(tmp_path / "first.ckpt")
+    assert equal(DeviceFiles().get(plain, tmp_path / "second.ckpt"), memories())
+
+
+def test_a_strategy_that_goes_back_writes_the_older_memories(tmp_path):
+    strategy = fit(tmp_path / "whole")
+    early = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))[3]
+    again = fit(tmp_path / "again", ckpt_path=early, strategy=strategy)
+    files = sorted((tmp_path / "again").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    resumed = fit(tmp_path / "resumed", ckpt_path=files[0])
+    assert equal(resumed.loop.devices.memories, again.loop.devices.memories)

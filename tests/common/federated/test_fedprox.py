@@ -27,8 +27,8 @@ class Linear(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def fit(mu, *callbacks, epochs=2, ckpt_path=None):
-    module = Linear()
+def fit(mu, *callbacks, epochs=2, ckpt_path=None, module=None, proximal=None):
+    module = module or Linear()
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -36,7 +36,7 @@ def fit(mu, *callbacks, epochs=2, ckpt_path=None):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=bool(callbacks),
-        callbacks=[Proximal(mu), *callbacks],
+        callbacks=[proximal or Proximal(mu), *callbacks],
     )
     trainer.fit(module, DataLoader(TensorDataset(X, Y), batch_size=8), ckpt_path=ckpt_path)
     return module
@@ -69,3 +69,11 @@ def test_plain_fit_equals_the_formula(mu):
 def test_a_resumed_fit_keeps_its_anchor(tmp_path):
     whole = fit(0.5, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
     assert same(fit(0.5, ckpt_path=tmp_path / "epoch=0.ckpt"), whole)
+
+
+def test_an_object_that_served_another_fit():
+    proximal, other = Proximal(0.5), Linear()
+    with torch.no_grad():
+        other.layer.weight.add_(1.0)
+    fit(0.5, proximal=proximal, module=other)
+    assert same(fit(0.5, proximal=proximal), by_hand(0.5))

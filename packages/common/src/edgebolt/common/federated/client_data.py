@@ -48,15 +48,13 @@ class ClientData(ABC):
         Raises:
             ValueError: if it has another number of samples than the partition was made for.
         """
-        if loader is not self.template and isinstance(self, PartitionedData):
-            check_dataset(loader)
-            check_batches(loader)
-            if len(loader.dataset) != len(self.template.dataset):  # type: ignore[arg-type]
-                raise ValueError(
-                    f"The training loader of this round has {len(loader.dataset)} samples, the partition was made for "
-                    f"{len(self.template.dataset)}: keep the dataset's samples and their order from round to round."  # type: ignore[arg-type]
-                )
+        if loader is not self.template:
+            self._check(loader)
             self.template = loader
+
+    @abstractmethod
+    def _check(self, loader: Any) -> None:
+        """Refuse a template that does not fit."""
 
     def rows(self, client: int) -> torch.Tensor | None:
         """Numbers of a client's training samples in the template's dataset, int64, if it is cut from there."""
@@ -140,6 +138,16 @@ class PartitionedData(ClientData):
         self.samples = index.sizes("train")
         self._rows = torch.tensor(index.index)
 
+    def _check(self, loader: Any) -> None:
+        check_dataset(loader)
+        check_batches(loader)
+        here, planned = len(loader.dataset), len(self.template.dataset)  # type: ignore[arg-type]
+        if here != planned:
+            raise ValueError(
+                f"The training loader of this round has {here} samples, the partition was made for {planned}: keep "
+                "the dataset's samples and their order from round to round."
+            )
+
     def rows(self, client: int) -> torch.Tensor:
         """A view of the index."""
         first, last = self.index.offsets[3 * client : 3 * client + 2]
@@ -157,6 +165,10 @@ class OwnData(ClientData):
         super().__init__(loader)
         self.sources = sources
         self.samples = np.array([len(_dataset_of(source)) for source in sources], dtype=np.int64)
+
+    def _check(self, loader: Any) -> None:
+        if not all(isinstance(source, DataLoader) for source in self.sources):
+            check_batches(loader, of_clients=True)  # its settings make the batches of those without a loader
 
     def dataset(self, client: int, split: str) -> Dataset[Any]:
         """The client's own dataset; it has training samples only."""
@@ -187,9 +199,8 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
             clients = [clients(client) for client in range(population)]
         for used in {id(source): source for source in clients if isinstance(source, DataLoader)}.values():
             check_batches(used)
-        if not all(isinstance(source, DataLoader) for source in clients):
-            check_batches(loader, of_clients=True)  # its settings make the batches of the others
         data = OwnData(loader, clients)
+        data._check(loader)
     empty = np.flatnonzero(data.samples == 0)
     if len(empty):
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _FILE, _KEY = "edgebolt.file", "edgebolt.tensor"
 
 
 class DeviceFiles:
-    """Writes and reads the tensors of device memories in ``<folder of the checkpoint>/devices/<sha256>.safetensors``.
+    """Writes and reads the tensors of device memories: ``devices/<sha256>-<run>.safetensors`` beside the checkpoint.
 
     Files are written before the checkpoint that lists them, each to a temporary name first, so that a crash leaves at
     most a file that nothing lists. When a checkpoint is removed or replaced, the files that this process wrote and no
@@ -34,6 +35,7 @@ class DeviceFiles:
 
     def __init__(self, inline_bytes: int = 32 * 2**20) -> None:
         self.inline_bytes = inline_bytes
+        self._run = uuid.uuid4().hex[:8]  # two runs in one folder do not delete each other's files
         self._filed: dict[tuple[Path, int], tuple[dict[str, Any], str]] = {}
         self._listed: dict[str, set[Path]] = {}
         self._written: set[Path] = set()
@@ -48,6 +50,7 @@ class DeviceFiles:
             touched: clients whose memory may have changed since the last call for the same folder.
             checkpoint: path of the checkpoint that is about to be written.
         """
+        checkpoint = checkpoint if "://" in str(checkpoint) else Path(checkpoint).resolve()
         changed = set(touched)
         self._filed = {key: value for key, value in self._filed.items() if key[1] not in changed}
         tensors = {client: _tensors(memory) for client, memory in memories.items()}
@@ -87,8 +90,12 @@ class DeviceFiles:
 
     def forget(self, checkpoint: str | os.PathLike[str]) -> None:
         """A checkpoint is gone."""
-        self._listed.pop(str(checkpoint), None)
+        self._listed.pop(str(checkpoint if "://" in str(checkpoint) else Path(checkpoint).resolve()), None)
         self.sweep()
+
+    def begin_run(self) -> None:
+        """Another run begins, perhaps from an older checkpoint: what was written of its devices may not hold."""
+        self._filed.clear()
 
     def sweep(self) -> None:
         """Delete the files that this process wrote and that no checkpoint of this process lists."""
@@ -100,7 +107,7 @@ class DeviceFiles:
     def _write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> str:
         # clone: safetensors refuses tensors that share storage
         blob = safetensors.torch.save({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()})
-        digest = hashlib.sha256(blob).hexdigest()
+        digest = f"{hashlib.sha256(blob).hexdigest()}-{self._run}"
         path = _path(folder, digest)
         if not path.exists():
             handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
@@ -124,7 +131,7 @@ def _read(path: Path, digest: str) -> dict[str, torch.Tensor]:
             "folder beside it; move both together."
         )
     blob = path.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != digest:
+    if hashlib.sha256(blob).hexdigest() != digest.partition("-")[0]:
         raise ValueError(f"{path} is damaged: its content does not match its name. Resume from another checkpoint.")
     tensors: dict[str, torch.Tensor] = safetensors.torch.load(blob)
     return tensors

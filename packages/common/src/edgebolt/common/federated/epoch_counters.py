@@ -13,6 +13,7 @@ __all__ = ["align_counters"]
 def align_counters(fit_loop: dict[str, Any], running: bool, by_steps: bool) -> bool:
     """Make Lightning's epoch end where the round ends.
 
+    * The round has been planned and the epoch is about to start: the last round's batches are not counted as its own.
     * The round runs and the epoch is over (``max_steps``, ``max_time`` or an exception ended it): open it again.
     * The round is over and its epoch is over, or was left between the round's last step and the end of its
       validation: the next epoch starts from its beginning. Otherwise Lightning would compare this round's length with
@@ -31,6 +32,9 @@ def align_counters(fit_loop: dict[str, Any], running: bool, by_steps: bool) -> b
     unfinished = epoch["current"]["processed"] < epoch["current"]["ready"]
     stepped = batches["current"]["completed"] == batches["current"]["ready"]
     validated = fit_loop["epoch_loop.val_loop.batch_progress"]["is_last_batch"]
+    if running and epoch["current"]["started"] < epoch["current"]["ready"]:  # written in on_train_epoch_start
+        _begin_epoch(batches)
+        return False
     if running:
         if not unfinished:
             for tracker in (epoch["current"], epoch["total"]):
@@ -38,13 +42,19 @@ def align_counters(fit_loop: dict[str, Any], running: bool, by_steps: bool) -> b
         return False
     if unfinished and stepped and validated:
         return True
-    for tracker in (epoch["current"], epoch["total"], batches["total"]):
+    for tracker in (epoch["current"], epoch["total"]):
         tracker.update(dict.fromkeys(tracker, tracker["ready"]))
-    batches["current"] = dict.fromkeys(batches["current"], 0)
-    batches["is_last_batch"] = False
+    _begin_epoch(batches)
     # Lightning adds one for a step whose end it has not seen, and, under max_steps, at every restart.
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += (not stepped) - by_steps
     for tracker in ("current", "total"):
         validation = fit_loop["epoch_loop.val_loop.batch_progress"][tracker]
         validation.update(dict.fromkeys(validation, validation["ready"]))
     return False
+
+
+def _begin_epoch(batches: dict[str, Any]) -> None:
+    """No batch of the epoch has been drawn, and none of an earlier one is in doubt."""
+    batches["total"].update(dict.fromkeys(batches["total"], batches["total"]["ready"]))
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False

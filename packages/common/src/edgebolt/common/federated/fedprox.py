@@ -49,13 +49,18 @@ class Proximal(ClientCallback):
         self._saved: list[torch.Tensor] = []  # a plain fit's anchors, for checkpoints
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a Trainer of another namespace."""
+        """Refuse a Trainer of another namespace; forget another fit's anchors."""
         require_lightning_trainer(trainer, "Proximal")
+        self._saved = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The anchor of a plain fit, or of the fit that is resumed."""
         if not isinstance(trainer.strategy, FederatedStrategy):
             self._drop_anchor(pl_module)
+            if self._saved and [a.shape for a in self._saved] != [a.shape for _, a in self._anchors]:
+                raise ValueError(
+                    "The checkpoint's proximal anchors are those of another model, or of other layers of it."
+                )
             if self._saved:
                 self._anchors = [(p, saved.to(p)) for (p, _), saved in zip(self._anchors, self._saved, strict=True)]
             self._saved = [anchor for _, anchor in self._anchors]

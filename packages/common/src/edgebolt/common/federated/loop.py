@@ -66,6 +66,7 @@ class FederatedLoop:
         self.planned_steps = self.steps = 0  # of the round, before and after the Trainer's limit; cuts included
         self.current: int | None = None
         self.done = 0
+        self.torn = False  # an event between two steps has begun and not ended
         self.sent_bytes = 0
         self.outcomes: list[Outcome] = []
         self.losses: list[float] = []
@@ -112,6 +113,13 @@ class FederatedLoop:
 
     def advance(self) -> None:
         """Run events until a visit needs a batch or the round is over."""
+        if self.current is not None and self.done < self.needed:
+            return
+        self.torn = True
+        self._run_events()
+        self.torn = False
+
+    def _run_events(self) -> None:
         while self.running:
             visit = self.visit
             if visit is not None:
@@ -133,7 +141,9 @@ class FederatedLoop:
         if self.current is None:
             index = self._next()
             assert index is not None
+            self.torn = True
             self.open(index)
+            self.torn = False
         elif self.devices.parked is not None:
             self.devices.unpark(self.visits[self.current], self.server.round)
         return self.visits[self.current]  # type: ignore[index]  # open() has set it
@@ -348,6 +358,7 @@ class FederatedLoop:
         return {
             "server": self.server.state_dict(),
             "devices": self.devices.state_dict(),
+            "torn": self.torn,
             "enrolled": self.enrolled,
             "running": self.running,
             "visits": [asdict(visit) for visit in self.visits],
@@ -368,7 +379,16 @@ class FederatedLoop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: if the state was taken while an error passed through a device's or the server's own code.
+        """
+        if state["torn"]:
+            raise ValueError(
+                "The checkpoint was written when an error or Ctrl-C broke off the sending, receiving or merging of a "
+                "model, so that half of it was done: resume from the last checkpoint before it."
+            )
         self.server.load_state_dict(state["server"])
         self.devices.load_state_dict(state["devices"])
         self.enrolled, self.running = state["enrolled"], state["running"]

@@ -43,8 +43,14 @@ class RoundHooks(Callback):
                 f"{type(pl_module).__name__}.on_train_batch_end runs after a visit's last step has been sent: change "
                 "weights in optimizer_step or in a ClientCallback's on_train_batch_end instead."
             )
-        if type(self._strategy.algorithm).evaluation is not Algorithm.evaluation and not trainer.val_dataloaders:
-            rank_zero_warn("The algorithm validates clients one by one, but fit() was given no validation data.")
+        if type(self._strategy.algorithm).evaluation is not Algorithm.evaluation:
+            if not trainer.val_dataloaders:
+                rank_zero_warn("The algorithm validates clients one by one, but fit() was given no validation data.")
+            elif isinstance(trainer.val_dataloaders, list | dict) and len(trainer.val_dataloaders) > 1:
+                raise ValueError(
+                    f"There are {len(trainer.val_dataloaders)} validation loaders, and each would be followed by "
+                    "every client's own split: give one."
+                )
         bar = trainer.progress_bar_callback
         if bar is None or bar is self._labelled:
             return

@@ -123,7 +123,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         self._data: ClientData | None = None
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
         self._open_epoch = False
-        self._nominal: Any = None
+        self._nominal: tuple[Any, int] | None = None  # batch and its size
         self._files = DeviceFiles()
         self._shortcuts = Shortcuts()
         self._hooks = RoundHooks(self)
@@ -216,6 +216,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             check_beginning(trainer)
             self.loop = self._data = self._saved = None
             self._open_epoch = False
+            self._files.begin_run()
             self.clock, self.ledger, self._nominal = Clock(), TrafficLedger(), None
             self._shortcuts = Shortcuts()
         super().setup(trainer)
@@ -337,7 +338,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             trainer.profiler = SilentProfiler()
 
     def teardown(self) -> None:
-        """Leave the Trainer as it was."""
+        """Give the Trainer its own profiler back."""
         trainer: Any = self._trainer
         if type(trainer.profiler) is SilentProfiler:
             trainer.profiler = PassThroughProfiler()
@@ -409,9 +410,9 @@ class FederatedStrategy(SingleDeviceStrategy):
         module, data = self.lightning_module, self._client_data
         assert module is not None
         if self._nominal is None:
-            self._nominal = self._to_device(self._nominal_batch())
-        nominal_size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
-        a_sample = self.cost.sample_flops(module, self._nominal, nominal_size, visit.settings)
+            size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
+            self._nominal = self._to_device(self._nominal_batch()), size
+        a_sample = self.cost.sample_flops(module, *self._nominal, visit.settings)
         return a_sample * data.samples_in(visit.client, steps, visit.batch_size)
 
     # ------------------------------------------------------------------------------------------- checkpoints
