@@ -110,6 +110,23 @@ def make_trainer(strategy, rounds=3, **kwargs):
     return L.Trainer(strategy=strategy, **{**defaults, **kwargs})
 
 
+class Count(L.Callback):
+    def __init__(self):
+        self.steps, self.validations, self.batches = [], 0, 0
+
+    def on_train_epoch_start(self, trainer, module):
+        self.steps.append(0)
+
+    def on_train_batch_end(self, *args):
+        self.steps[-1] += 1
+
+    def on_validation_start(self, *args):
+        self.validations += 1
+
+    def on_validation_batch_end(self, *args):
+        self.batches += 1
+
+
 @dataclass
 class Run:
     strategy: FederatedStrategy

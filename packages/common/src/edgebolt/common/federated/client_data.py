@@ -24,7 +24,7 @@ from edgebolt.common.federated.checks import check_batches, check_dataset
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.partition import Partition
 
-__all__ = ["ClientData", "Clients", "OwnData", "PartitionedData"]
+__all__ = ["ClientData", "Clients", "OwnData", "PartitionedData", "make_client_data"]
 
 Clients = Partition | Sequence[Any] | Callable[[int], Any]
 """A partition of the loader's dataset, or each client's own dataset or loader: a sequence, or client -> one."""
@@ -201,6 +201,12 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
             check_batches(used)
         data = OwnData(loader, clients)
         data._check(loader)
+    idle = [c for c in range(len(data.samples)) if data.samples[c] and not data.steps_an_epoch(c)]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} clients have fewer samples than a batch, and the loader drops an incomplete one, so they "
+            f"would train nothing; the first is client {idle[0]}: use drop_last=False, or a partition with min_samples."
+        )
     empty = np.flatnonzero(data.samples == 0)
     if len(empty):
         raise ValueError(

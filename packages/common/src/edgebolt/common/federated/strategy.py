@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -475,7 +475,8 @@ class FederatedStrategy(SingleDeviceStrategy):
             state = {**states[0][_KEY]["devices"], "memories": self._files.put(devices.memories, touched, filepath)}
             states[0][_KEY]["devices"] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._files.sweep()
+        if not isinstance(self.checkpoint_io, AsyncCheckpointIO):  # else the checkpoint may not be on disk yet
+            self._files.sweep()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint and the device memories that only it needs."""
