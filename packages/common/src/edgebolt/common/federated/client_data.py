@@ -205,7 +205,7 @@ def make_client_data(clients: Clients, loader: DataLoader[Any], population: int 
     if idle:
         raise ValueError(
             f"{len(idle)} clients have fewer samples than a batch, and the loader drops an incomplete one, so they "
-            f"would train nothing; the first is client {idle[0]}: use drop_last=False, or a partition with min_samples."
+            f"would train nothing; the first is client {idle[0]}: use drop_last=False, or more min_samples."
         )
     empty = np.flatnonzero(data.samples == 0)
     if len(empty):
