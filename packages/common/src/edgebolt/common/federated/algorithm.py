@@ -40,6 +40,23 @@ class Aggregator(Protocol):
         """New tensors for the model; ``updates`` are sorted by client and never empty."""
 
 
+def merge(tensor: torch.Tensor, changes: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """``w + sum_i a_i delta_i`` with ``a_i = share_i / sum(shares)``, summed in float32 or wider, in this order.
+
+    Args:
+        tensor: ``w``.
+        changes: ``(share_i, delta_i)`` of those who sent the tensor; if all shares are 0, or nobody sent it, it stays.
+    """
+    total = sum(share for share, _ in changes)
+    if not total:
+        return tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    change = torch.zeros_like(tensor, dtype=wide)
+    for share, delta in changes:
+        change.add_(delta.to(wide), alpha=share / total)
+    return (tensor.to(wide) + change).to(tensor.dtype)
+
+
 class Uniform:
     """A uniform sample without replacement of the devices that are online (McMahan et al. 2017)."""
 
@@ -75,15 +92,7 @@ class WeightedMean:
             held = [
                 (share, update[name]) for share, (_, update) in zip(shares, updates, strict=True) if name in update
             ]
-            total = sum(share for share, _ in held)
-            if not total:
-                merged[name] = tensor
-                continue
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            change = torch.zeros_like(tensor, dtype=wide)
-            for share, delta in held:
-                change.add_(delta.to(wide), alpha=share / total)
-            merged[name] = (tensor.to(wide) + change).to(tensor.dtype)
+            merged[name] = merge(tensor, held)
         return merged
 
 
