@@ -17,7 +17,7 @@ from pathlib import Path
 from monorepo import ROOT, Package, packages, with_extras
 
 # A change under one of these concerns every package.
-SHARED = ("constraints.txt", "packages/common/", "pyproject.toml", "scripts/", "tests/conftest.py")
+SHARED = ("constraints.txt", "packages/common/", "pyproject.toml", "scripts/", "tests/conftest.py", "tests/tiny_")
 
 
 class CommandError(Exception):
@@ -73,7 +73,8 @@ def check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
 
     tests = folder / "tests"
     shutil.copytree(ROOT / "tests" / package.name, tests / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    for shared in (ROOT / "tests").glob("*.py"):  # conftest.py and what it puts on the path
+        shutil.copy(shared, tests)
     shutil.copy(ROOT / "pyproject.toml", folder)
     run(python, ROOT / "scripts" / "isolation.py", package.name, cwd=folder)
     # pytest's own settings stay, the options of plugins that are not installed here go

@@ -1,5 +1,10 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_text.py: importlib mode puts no folder on the path
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from families import CONFIGS, causal, classifier
+from tiny_text import bert
 
 from edgebolt.common.lora import add_lora, export_adapter, ranks_of
 
@@ -26,7 +27,7 @@ def perturb(model):
 def test_lora_and_head_are_trained_and_nothing_else(kind):
     model = add_lora(classifier(kind), ranks=[1, 2, 3])
     assert ranks_of(model) == [1, 2, 3]
-    heads = ("classifier.", "score.")
+    heads = ("classifier.", "score.", "pooler.")
     assert all("lora_" in name or any(head in name for head in heads) for name in trainable(model))
     assert any(head in name for name in trainable(model) for head in heads)
     assert len([name for name in trainable(model) if "lora_A" in name]) == (3 if kind == "gpt2" else 6)
@@ -70,7 +71,7 @@ def test_an_export_replaces_an_earlier_one_and_takes_a_module(module, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").read_bytes() != first
 
 
-def test_peft_models_of_others_are_exported_too(bert, tmp_path):
+def test_peft_models_of_others_are_exported_too(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = bert().eval()
@@ -81,7 +82,7 @@ def test_peft_models_of_others_are_exported_too(bert, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(tokens).logits, model(tokens).logits)
 
 
-def test_refusals(bert):
+def test_refusals():
     for ranks in (0, [1, 2], [1, 2, 0], [1, 2, 2.5]):
         with pytest.raises(ValueError, match="one for each layer"):
             add_lora(bert(), ranks=ranks)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from tiny_text import bert
 
 from edgebolt.common.lora import pairs, ranks_of, set_ranks
 
@@ -60,7 +61,7 @@ def test_the_same_ranks_change_nothing(module):
     assert all(parameter is before[name] for name, parameter in net.named_parameters())
 
 
-def test_the_configuration_says_the_ranks(module, bert):
+def test_the_configuration_says_the_ranks(module):
     from peft import get_peft_model
 
     net = module(ranks=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -23,6 +23,8 @@ class Family:
             to the hidden width.
         norm: the norm after the last layer, inside the backbone; None where there is none.
         heads: names that a task head may have in the whole model.
+        pooler: what lies between the backbone's layers and a classification head, inside the backbone; None where
+            the family has none.
     """
 
     layers: str
@@ -34,9 +36,10 @@ class Family:
     mlp: tuple[str, ...]
     norm: str | None = None
     heads: tuple[str, ...] = ("classifier", "score", "lm_head")
+    pooler: str | None = None
 
 
-_BERT = Family(
+_ROBERTA = Family(
     layers="encoder.layer",
     embedding="embeddings.word_embeddings",
     query="attention.self.query",
@@ -46,6 +49,7 @@ _BERT = Family(
     mlp=("intermediate.dense", "output.dense"),
     heads=("classifier", "lm_head", "cls"),
 )
+_BERT = replace(_ROBERTA, pooler="pooler")
 _LLAMA = Family(
     layers="layers",
     embedding="embed_tokens",
@@ -81,7 +85,7 @@ FAMILIES: dict[str, Family] = {
         heads=("classifier", "lm_head"),
     ),
     "qwen2": _LLAMA,
-    "roberta": _BERT,
+    "roberta": _ROBERTA,
 }
 """``config.model_type`` of transformers -> :class:`Family`. Add a row for a family that is missing."""
 
@@ -160,6 +164,19 @@ class Anatomy:
     def head(self) -> nn.Module | None:
         """The task head."""
         return None if self.head_name is None else self.model.get_submodule(self.head_name)
+
+    @property
+    def classification_head(self) -> list[str]:
+        """Paths of all that lies above the layers and belongs to a classification task: pooler and head.
+
+        BERT's pooler and classifier compute what RoBERTa's ``classifier`` does: dense, tanh, dense. Empty for a
+        language model and for a bare backbone.
+        """
+        if self.head_name not in ("classifier", "score"):
+            return []
+        pooler = self.family.pooler
+        pooled = pooler is not None and getattr(self.backbone, pooler, None) is not None
+        return [f"{self.prefix}{pooler}"] * pooled + [str(self.head_name)]
 
     def path(self, layer: int, part: str) -> str:
         """Dotted path of a projection of a layer in :attr:`model`.

@@ -91,7 +91,8 @@ class CapacityEstimate:
             server: whose devices.
             clients: int64 ``[cohort]``.
             steps: local steps of each, int64 ``[cohort]``.
-            down_bytes, up_bytes: bytes of a message at depth 1 to L, float64 ``[L]``.
+            down_bytes: bytes that are sent to the device at depth 1 to L, float64 ``[L]``.
+            up_bytes: bytes that it sends, likewise.
 
         Returns:
             Seconds, float64 ``[cohort, L]``, depth 1 first. A device that was never measured gets the median of those

@@ -167,7 +167,7 @@ def layer_bytes(model: Tensors) -> tuple[NDArray[np.float64], float]:
     layers = adapter_layers(model)
     if not layers:
         raise ValueError(
-            "No tensor of the model is LoRA: add it in the module's __init__ with edgebolt.common.lora.add_lora(model)."
+            "No tensor of the model is LoRA: add it in the module's __init__, edgebolt.common.lora.add_lora(model)."
         )
     held = np.zeros(max(layers.values()) + 1)
     for name, layer in layers.items():

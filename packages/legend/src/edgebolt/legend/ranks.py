@@ -13,8 +13,8 @@ def rank_distribution(layers: int, budget: int, step: float = 1.0, min_rank: int
     """Ranks that add up to a budget and grow by ``step`` from layer to layer.
 
     ``r_l = Φ / L + λ (l - (L - 1) / 2)``, raised to ``min_rank``, what is left scaled to the budget, rounded by the
-    largest remainder and sorted. That ranks grow towards the output is the paper's (Liu et al., LEGEND, 2025, abstract);
-    that they form an arithmetic sequence is believed, and the closed form with its rounding is our completion.
+    largest remainder and sorted. That ranks grow towards the output is the paper's (Liu et al., LEGEND, 2025,
+    abstract); that they form an arithmetic sequence is believed; the closed form and its rounding are our completion.
 
     Args:
         layers: ``L``.

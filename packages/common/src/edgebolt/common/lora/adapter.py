@@ -29,8 +29,9 @@ def add_lora(
 ) -> PeftModel:
     """Freeze a transformers model and add LoRA, ``W + s B A``, to projections of each of its layers (Hu et al. 2021).
 
-    The scale ``s = alpha / r`` is the same in every layer, whatever the ranks. A classification head (``classifier``,
-    ``score``) stays outside the adapter, a plain module that is trained in full; a language model's head is frozen.
+    The scale ``s = alpha / r`` is the same in every layer, whatever the ranks. A classification head (``classifier``
+    or ``score``, and BERT's pooler below it) stays outside the adapter, plain modules that are trained in full; a
+    language model's head is frozen.
 
     Args:
         model: of a family that :mod:`edgebolt.common.anatomy` knows.
@@ -65,8 +66,8 @@ def add_lora(
         raise ValueError(f"ranks={ranks!r}: use a whole number of 1 or more, or {count} of them, one for each layer.")
     if not targets or not scale > 0 or not 0 <= dropout < 1:
         raise ValueError(
-            f"targets={targets!r}, scale={scale!r}, dropout={dropout!r}: name at least one projection, a scale above 0 "
-            "and a dropout of 0 to 1."
+            f"targets={targets!r}, scale={scale!r}, dropout={dropout!r}: name at least one projection, "
+            "a scale above 0 and a dropout of 0 to 1."
         )
     inside = list(dict.fromkeys(path for part in targets for path in anatomy.inside(part)))
     rank_of = {
@@ -85,16 +86,9 @@ def add_lora(
         fan_in_fan_out=type(model.get_submodule(next(iter(rank_of)))).__name__ == "Conv1D",  # GPT-2
     )
     adapted: PeftModel = get_peft_model(model, config)
-    head = classification_head(anatomy)
-    if head is not None:
-        model.get_submodule(head).requires_grad_(True)
+    for path in anatomy.classification_head:
+        model.get_submodule(path).requires_grad_(True)
     return adapted
-
-
-def classification_head(anatomy: Anatomy) -> str | None:
-    """Name of the head if it classifies; None for a language model or a bare backbone."""
-    name = anatomy.head_name
-    return name if name in ("classifier", "score") else None
 
 
 def _alpha(scale: float, rank: int) -> Any:  # PEFT says int and takes any number
@@ -102,7 +96,7 @@ def _alpha(scale: float, rank: int) -> Any:  # PEFT says int and takes any numbe
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def export_adapter(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def export_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a folder that plain PEFT loads: ``PeftModel.from_pretrained(base, path)`` gives the same logits.
 
     Adapters of any ranks and the trained head: ``adapter_config.json`` and ``adapter_model.safetensors``. Files of
@@ -110,7 +104,7 @@ def export_adapter(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         module: a PEFT model, or a module that holds one (a ``LightningModule``).
-        path: the folder; made if missing.
+        folder: where the files go; made if missing.
 
     Raises:
         ValueError: if there is no PEFT model inside, or more than one.
@@ -137,14 +131,15 @@ def export_adapter(module: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = dict(get_peft_model_state_dict(model, adapter_name=adapter))
     config = deepcopy(model.peft_config[adapter])
     config.inference_mode = True
-    head = classification_head(Anatomy(model))
-    if head is None:
+    head = Anatomy(model).classification_head
+    if not head:
         config.task_type = config.task_type or "CAUSAL_LM"
     elif not config.modules_to_save:
-        config.task_type, config.modules_to_save = config.task_type or "SEQ_CLS", [head]
-        state: Mapping[str, Tensor] = model.get_base_model().get_submodule(head).state_dict()
-        tensors |= {f"base_model.model.{head}.{name}": tensor for name, tensor in state.items()}
-    folder = Path(path)
+        config.task_type, config.modules_to_save = config.task_type or "SEQ_CLS", head
+        for path in head:
+            state: Mapping[str, Tensor] = model.get_base_model().get_submodule(path).state_dict()
+            tensors |= {f"base_model.model.{path}.{name}": tensor for name, tensor in state.items()}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as temporary:
         config.save_pretrained(temporary)

@@ -35,8 +35,10 @@ def truncate(tensors: Tensors, rank: int) -> Tensors:
 
 
 def pad(tensors: Tensors, like: dict[str, torch.Size]) -> Tensors:
-    """The inverse on the device: zeros where another device has higher ranks. They stay zero under any optimizer that
-    does not move a weight of 0 with gradient 0, for each half's gradient is a multiple of the other half.
+    """The inverse on the device: zeros where another device has higher ranks.
+
+    They stay zero under any optimizer that leaves a weight of 0 with a gradient of 0 alone, as SGD and Adam do, for
+    the gradient of each half is a multiple of the other half.
     """
     wide: Tensors = {}
     for a, b in pairs(tensors):

@@ -15,7 +15,7 @@ Bits = Literal[4, 8]
 
 
 def quantization(bits: Bits, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
-    """What ``from_pretrained(..., quantization_config=...)`` takes for a base in 4 bit (NF4, Dettmers et al. 2023) or 8.
+    """What ``from_pretrained(..., quantization_config=...)`` takes for a base in 8 bit, or 4 (NF4; Dettmers et al.).
 
     Heads stay as they are. Unlike Lightning's ``BitsandbytesPrecision``, which quantises every linear layer of the
     module, LoRA matrices and head included.
