@@ -116,7 +116,8 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         if hasattr(model, "get_base_model"):  # PEFT's wrapper
-            model = model.get_base_model()
+            wrapper: Any = model
+            model = wrapper.get_base_model()
         config = getattr(model, "config", None)
         if not hasattr(config, "model_type"):
             raise TypeError(

@@ -105,4 +105,5 @@ class CapacityEstimate:
         depths = np.arange(1, len(up_bytes) + 1)
         compute = steps[:, None] * (table[:, [_FORWARD]] + depths * table[:, [_BACKWARD]])
         sent: NDArray[np.float64] = down_bytes * table[:, [_DOWN]] + up_bytes * table[:, [_UP]]
-        return compute + sent
+        seconds: NDArray[np.float64] = compute + sent
+        return seconds

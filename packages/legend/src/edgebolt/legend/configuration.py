@@ -63,14 +63,15 @@ def choose_depths(
     else:
         reference = full.min()
     fits = times <= reference * _SAME
-    depth = np.clip(fits.sum(axis=1) - 1, least, row)
+    depth: NDArray[np.int64] = np.clip(fits.sum(axis=1) - 1, least, row)
     while max_waiting is not None:
         taken = times[cohort, depth]
         stragglers = np.flatnonzero((taken * _SAME >= taken.max()) & (depth > least))
         if (taken.max() - taken).mean() <= max_waiting or not len(stragglers):
             break
         depth[stragglers[0]] -= 1
-    return depth + 1
+    chosen: NDArray[np.int64] = depth + 1
+    return chosen
 
 
 class LCD:

@@ -123,12 +123,10 @@ class LoraDepth(LoraRanks):
         layers = layers_held(name for name, _ in module.named_parameters())
         if self._saved is None or self._saved[0]() is not module:
             batch = trainer.strategy.batch_to_device(next(iter(device.data())))
-            counted = []
-            for depth in (1, layers):
-                set_depth(module, depth)
-                counted.append(count_step(module, batch).saved_bytes)
-            self._saved = (weakref.ref(module), *counted)
-        set_depth(module, layers)
+            set_depth(module, 1)
+            one = count_step(module, batch).saved_bytes
+            set_depth(module, layers)
+            self._saved = weakref.ref(module), one, count_step(module, batch).saved_bytes
         resident = sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
         resident += 3 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
         _, one, full = self._saved

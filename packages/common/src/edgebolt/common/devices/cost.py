@@ -23,6 +23,8 @@ from edgebolt.common.quiet import quiet
 
 __all__ = ["CostModel", "StepCost", "count_step"]
 
+_FORWARD_SHARE = 1 / 3
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -30,10 +32,12 @@ class StepCost:
 
     Attributes:
         flops: Floating-point operations of forward and backward, a multiply-add being two.
+        forward_flops: Those of the forward pass.
         saved_bytes: Bytes that autograd keeps between forward and backward, parameters and buffers excluded.
     """
 
     flops: int
+    forward_flops: int
     saved_bytes: int
 
 
@@ -74,9 +78,10 @@ def count_step(module: LightningModule, batch: Any) -> StepCost:
     with torch.inference_mode(False), torch.enable_grad(), quiet(module), counter:
         with _precision(module), SavedBytes(resident) as saved:
             loss = _loss(module, batch)
+        forward = counter.get_total_flops()
         if loss.requires_grad:
             torch.autograd.backward(loss)
-    return StepCost(counter.get_total_flops(), saved.nbytes)
+    return StepCost(counter.get_total_flops(), forward, saved.nbytes)
 
 
 class CostModel:
@@ -87,6 +92,9 @@ class CostModel:
     1. ``flops_per_sample`` of this object;
     2. the module's own ``flops(settings, batch_size) -> float``: operations of one whole training step;
     3. :func:`count_step` on the nominal batch.
+
+    Where the count is not the third's, the forward pass is taken for a third of it: backward costs twice as much as
+    forward where all weights are trained (assumed).
 
     One object serves one module: another module makes it forget what it has counted. A module whose operations depend
     on the data (lengths, graphs) costs what the nominal batch costs.
@@ -119,7 +127,7 @@ class CostModel:
         if flops_per_sample is not None:
             _check_count(flops_per_sample, "flops_per_sample")
         self.flops_per_sample = flops_per_sample
-        self._counted: dict[str, float] = {}
+        self._counted: dict[str, tuple[float, float]] = {}  # all operations, those of the forward pass
         self._module: weakref.ref[LightningModule] | None = None
 
     def sample_flops(
@@ -131,6 +139,19 @@ class CostModel:
     ) -> float:
         """Operations of forward and backward for one sample, in the module's present configuration.
 
+        See :meth:`sample_parts`.
+        """
+        return self.sample_parts(module, batch, batch_size, settings)[0]
+
+    def sample_parts(
+        self,
+        module: LightningModule,
+        batch: Any,
+        batch_size: int,
+        settings: Mapping[str, Any],
+    ) -> tuple[float, float]:
+        """Operations for one sample, in the module's present configuration: all, and those of the forward pass.
+
         Args:
             module: The module, already configured as ``settings`` say.
             batch: The nominal batch, on the module's device. It is used at the first call for these settings only.
@@ -139,7 +160,7 @@ class CostModel:
                 lists and dicts of them, arrays. Equal settings are counted once.
 
         Returns:
-            Floating-point operations per sample.
+            Floating-point operations per sample, of forward and backward and of forward alone.
 
         Raises:
             TypeError: If ``settings`` hold something that JSON cannot say.
@@ -149,23 +170,24 @@ class CostModel:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 sample, got {batch_size!r}")
         if self.flops_per_sample is not None:
-            return float(self.flops_per_sample)
+            return float(self.flops_per_sample), self.flops_per_sample * _FORWARD_SHARE
         if self._module is None or self._module() is not module:
             if self._module is not None:
                 self._counted.clear()
             self._module = weakref.ref(module)
         key = "{}" if not settings else json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_jsonable)
         if key not in self._counted:
-            self._counted[key] = self._count(module, batch, batch_size, settings) / batch_size
+            every, forward = self._count(module, batch, batch_size, settings)
+            self._counted[key] = every / batch_size, forward / batch_size
         return self._counted[key]
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, tuple[float, float]]:
         """What has been counted, by the canonical JSON of the settings: a resumed run keeps its nominal batch."""
         return dict(self._counted)
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, tuple[float, float]]) -> None:
         """Take the counts of :meth:`state_dict`; they hold for the module of the next call."""
-        self._counted = {str(key): float(value) for key, value in state.items()}
+        self._counted = {str(key): (float(every), float(forward)) for key, (every, forward) in state.items()}
         self._module = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,20 +199,20 @@ class CostModel:
         batch: Any,
         batch_size: int,
         settings: Mapping[str, Any],
-    ) -> float:
+    ) -> tuple[float, float]:
         own = getattr(module, "flops", None)
         if callable(own):
             flops = own(settings, batch_size)
             _check_count(flops, f"{type(module).__name__}.flops(settings, batch_size)")
-            return float(flops)
-        counted = count_step(module, batch).flops
-        if counted == 0:
+            return float(flops), flops * _FORWARD_SHARE
+        counted = count_step(module, batch)
+        if counted.flops == 0:
             raise ValueError(
                 f"the training_step of {type(module).__name__} counts 0 operations: torch's counter does not know "
                 "sparse, scatter and elementwise operations and lookups; give CostModel(flops_per_sample=...) or a "
                 "method flops(settings, batch_size) of the module"
             )
-        return float(counted)
+        return float(counted.flops), float(counted.forward_flops)
 
 
 def _check_count(flops: float, what: str) -> None:

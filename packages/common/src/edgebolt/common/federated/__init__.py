@@ -1,6 +1,14 @@
 """Federated learning inside a Lightning ``Trainer``: one epoch is one communication round."""
 
-from edgebolt.common.federated.algorithm import Aggregator, Algorithm, Configure, Selector, Uniform, WeightedMean
+from edgebolt.common.federated.algorithm import (
+    Aggregator,
+    Algorithm,
+    Configure,
+    Selector,
+    Submodel,
+    Uniform,
+    WeightedMean,
+)
 from edgebolt.common.federated.client import ClientCallback, KeepMoments
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.device import Device
@@ -41,6 +49,7 @@ __all__ = [
     "Server",
     "Shards",
     "Sizes",
+    "Submodel",
     "Uniform",
     "Update",
     "Visit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from edgebolt.common.federated.client import ClientCallback
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Visit
 
-__all__ = ["Aggregator", "Algorithm", "Configure", "Selector", "Uniform", "WeightedMean"]
+__all__ = ["Aggregator", "Algorithm", "Configure", "Selector", "Submodel", "Uniform", "WeightedMean"]
 
 Weights = Literal["samples", "uniform"]
 
@@ -31,6 +31,16 @@ class Configure(Protocol):
 
     def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
         """The visits to go on with."""
+
+
+class Submodel(Protocol):
+    """Says which part of a model a visit is sent."""
+
+    def key(self, visit: Visit) -> Hashable:
+        """Visits that start from the same model and have the same key are sent the same, encoded once."""
+
+    def __call__(self, tensors: Tensors, visit: Visit) -> Tensors:
+        """What is sent of a model; a tensor that is left out has, on the device, the value of the run's beginning."""
 
 
 class Aggregator(Protocol):
@@ -101,12 +111,14 @@ class Algorithm:
 
     Server code sees the :class:`~edgebolt.common.federated.Server` and messages, never a device. It keeps what it
     learns in ``server.memory`` and ``server.reports``, which are checkpointed, and nothing in itself: the same
-    object may serve several runs. A part with a method ``observe(server, outcomes)`` is told of every round's end.
+    object may serve several runs. A part with a method ``observe(server, outcomes)`` is told of the enrolment's and of
+    every round's end.
 
     Args:
         selector: who trains; default :class:`Uniform`.
         configure: applied in turn to the planned visits.
         aggregator: how updates are merged; default :class:`WeightedMean`.
+        submodel: which part of the model a visit is sent; default: all of it.
         down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`.
         callbacks: the device half: what devices do beside training.
 
@@ -125,6 +137,7 @@ class Algorithm:
         selector: Selector | None = None,
         configure: Sequence[Configure] = (),
         aggregator: Aggregator | None = None,
+        submodel: Submodel | None = None,
         down: Codec | None = None,
         up: Codec | None = None,
         callbacks: Sequence[ClientCallback] = (),
@@ -132,6 +145,7 @@ class Algorithm:
         self.selector: Selector = Uniform() if selector is None else selector
         self.configure = list(configure)
         self.aggregator: Aggregator = WeightedMean() if aggregator is None else aggregator
+        self.submodel = submodel
         self.down: Codec = Dense() if down is None else down
         self.up: Codec = Dense() if up is None else up
         self.callbacks = list(callbacks)
@@ -139,10 +153,13 @@ class Algorithm:
     @property
     def parts(self) -> list[Any]:
         """The server's parts, in the order in which they are told of a round's end."""
-        return [self.selector, *self.configure, self.aggregator]
+        return [self.selector, *self.configure, self.aggregator, self.submodel]
 
     def enrol(self, server: Server) -> list[Visit]:
-        """Visits before the first round, of 0 steps each: label histograms, structure vectors. Default: none."""
+        """Visits before the first round, of 0 steps each: label histograms, probes of speed. Default: none.
+
+        No update travels back, only what devices report.
+        """
         return []
 
     def plan(self, server: Server) -> list[Visit]:
@@ -155,8 +172,10 @@ class Algorithm:
     def download(self, server: Server, visit: Visit) -> Message:
         """Encode what the device is sent; called only where ``visit.start`` names a model."""
         assert visit.start is not None
-        start = visit.start
-        return server.once(start, lambda: self.down.encode(server.models[start]))
+        start, part = visit.start, self.submodel
+        if part is None:
+            return server.once(start, lambda: self.down.encode(server.models[start]))
+        return server.once((start, part.key(visit)), lambda: self.down.encode(part(server.models[start], visit)))
 
     def aggregate(self, server: Server, closed: Closed) -> None:
         """Merge the updates of a ``(lane, stage)`` at the simulated instant at which it closes."""
@@ -170,9 +189,17 @@ class Algorithm:
 
     def finish(self, server: Server, outcomes: list[Outcome]) -> None:
         """Once a round, after its last aggregation, with all outcomes that closed in it, failures included."""
+        self.observe(server, outcomes)
+
+    def observe(self, server: Server, outcomes: list[Outcome]) -> None:
+        """Tell the parts that learn what became of visits: at each round's end, and after the enrolment."""
         for part in self.parts:
             if hasattr(part, "observe"):
                 part.observe(server, outcomes)
+
+    def figures(self, server: Server, outcomes: list[Outcome]) -> dict[str, float]:
+        """Further figures of a finished round for history and loggers, by names such as ``"legend/depth"``."""
+        return {}
 
     def evaluation(self, server: Server) -> list[Evaluation]:
         """What is validated after the round; default: the global model on the Trainer's validation loader."""

@@ -45,7 +45,7 @@ class FederatedLoop:
         server: its state.
         fleet: what devices can do in each round, and when they die.
         devices: the engine that runs the device half.
-        visit_flops: visit, number of its steps -> FLOPs of these steps.
+        visit_flops: visit, number of its steps -> FLOPs of these steps, and of their forward passes.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FederatedLoop:
         server: Server,
         fleet: Fleet,
         devices: Serial,
-        visit_flops: Callable[[Visit, int], float],
+        visit_flops: Callable[[Visit, int], tuple[float, float]],
     ) -> None:
         self.algorithm, self.server, self.fleet, self.devices = algorithm, server, fleet, devices
         self.visit_flops = visit_flops
@@ -202,8 +202,9 @@ class FederatedLoop:
         cut = self.cuts[self.current]
         assert self.devices.device is not None
         profile = self.devices.device.profile
-        flops = self.visit_flops(visit, self.done) if self.done else 0.0
-        message = self.devices.close(visit, died=cut is not None)
+        timed = self.done + visit.probe
+        flops, forward_flops = self.visit_flops(visit, timed) if timed else (0.0, 0.0)
+        message = self.devices.close(visit, died=cut is not None, enrolling=not self.enrolled)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
         if message is not None:
@@ -234,6 +235,7 @@ class FederatedLoop:
             down_bytes=self.sent_bytes,
             up_bytes=up_bytes,
             energy=profile.energy_joules(compute, down + up),
+            forward_seconds=profile.compute_seconds(forward_flops),
             report={} if message is None else cast(dict[str, Any], message.header["report"]),
         )
         flight.arrivals.append((outcome, message if outcome.delivered else None))
@@ -269,7 +271,7 @@ class FederatedLoop:
             server.reports["visits"][[outcome.visit.client for outcome in outcomes]] += 1
             server.reports["last_round"][[outcome.visit.client for outcome in delivered]] = server.round
         measured = {
-            "step_seconds": [(o.visit.client, o.compute_seconds / o.steps) for o in delivered if o.steps],
+            "step_seconds": [(o.visit.client, o.compute_seconds / o.timed_steps) for o in delivered if o.timed_steps],
             "down_bps": [(o.visit.client, 8 * o.down_bytes / o.down_seconds) for o in delivered],
             "up_bps": [(o.visit.client, 8 * o.up_bytes / o.up_seconds) for o in delivered],
         }
@@ -304,6 +306,7 @@ class FederatedLoop:
             "round/late": sum(outcome.reason == "late" for outcome in outcomes),
             "round/rejected": sum(outcome.reason == "non-finite" for outcome in outcomes),
             "round/waiting_time": sum(sorted(o.waited for o in outcomes)) / max(1, len(outcomes)),
+            **self.algorithm.figures(server, outcomes),
         }
         if len(losses):
             summary["client/train_loss"] = float(losses.mean())
@@ -317,7 +320,7 @@ class FederatedLoop:
         visits = self._checked(self.algorithm.enrol(self.server))
         for visit in visits:
             if visit.steps:
-                raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; train a probe in round 0.")
+                raise ValueError(f"enrol() planned {visit}: enrolment trains nothing; time a step with probe=1.")
         self.visits, self.waiting, self.cuts = visits, _queued(visits), [None] * len(visits)
         while (index := self._next()) is not None or self.flights:
             if index is None:
@@ -326,6 +329,8 @@ class FederatedLoop:
             self.open(index)
             self._close(visits[index])
         self.enrolled = True
+        if visits:
+            self.algorithm.observe(self.server, self.outcomes)
 
     def _checked(self, visits: list[Visit]) -> list[Visit]:
         seen: set[tuple[int, int]] = set()

@@ -93,7 +93,9 @@ class Serial:
                 if place.shape == tensor.shape:
                     place.copy_(tensor)
                 else:
-                    place.grad, place.data = None, tensor.detach().to(place, copy=True)
+                    # Contiguous, whatever arrived: strides, and so last bits, must not depend on the visit before.
+                    new = tensor.detach().to(place, copy=True, memory_format=torch.contiguous_format)
+                    place.grad, place.data = None, new
             for counter, value in self.counters.values():
                 counter.copy_(value)
 
@@ -132,16 +134,20 @@ class Serial:
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
-    def close(self, visit: Visit, died: bool) -> Message | None:
-        """The device's answer, or None if it died; either way the optimizer is emptied."""
+    def close(self, visit: Visit, died: bool, enrolling: bool = False) -> Message | None:
+        """The device's answer, or None if it died; either way the optimizer is emptied.
+
+        At enrolment there is no update: the callbacks' ``upload`` may put something into an empty one.
+        """
         assert self.device is not None
         message = None
         if not died:
             report: dict[str, Any] = {}
             for callback in self.callbacks:
                 report.update(callback.on_client_end(self.trainer, self.module, self.device, visit) or {})
+            start = {} if enrolling else self.start
             with torch.no_grad():
-                update = {name: self.places[name].detach() - start for name, start in self.start.items()}
+                update = {name: self.places[name].detach() - tensor for name, tensor in start.items()}
             for callback in reversed(self.callbacks):
                 update = callback.upload(self.device, visit, update)
             message = self.algorithm.up.encode(update).with_header(client=visit.client, report=report)

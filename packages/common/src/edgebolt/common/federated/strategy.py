@@ -405,15 +405,16 @@ class FederatedStrategy(SingleDeviceStrategy):
         """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
         return next(iter(self._client_data.loader(0)))
 
-    def _visit_flops(self, visit: Visit, steps: int) -> float:
-        """FLOPs of a visit's steps: those of a sample at the nominal shape, times the samples that were trained."""
+    def _visit_flops(self, visit: Visit, steps: int) -> tuple[float, float]:
+        """FLOPs of a visit's steps and of their forward passes: a sample's at the nominal shape, times the samples."""
         module, data = self.lightning_module, self._client_data
         assert module is not None
         if self._nominal is None:
             size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
             self._nominal = self._to_device(self._nominal_batch()), size
-        a_sample = self.cost.sample_flops(module, *self._nominal, visit.settings)
-        return a_sample * data.samples_in(visit.client, steps, visit.batch_size)
+        every, forward = self.cost.sample_parts(module, *self._nominal, visit.settings)
+        samples = data.samples_in(visit.client, steps, visit.batch_size)
+        return every * samples, forward * samples
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

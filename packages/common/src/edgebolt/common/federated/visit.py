@@ -26,9 +26,11 @@ class Visit:
         settings: depth, ranks, rates, masks: read by the device half. Built-ins only.
         cut: steps after which the device died (``steps``: the upload was lost). Drawn by the environment; nobody
             sees it before the visit's :class:`Outcome`.
+        probe: steps that are run only to be timed: their work is thrown away, their time and energy count. This is
+            how a server asks a device what it can do, at enrolment too.
 
     Raises:
-        ValueError: if ``client``, ``steps`` or ``batch_size`` is out of range.
+        ValueError: if ``client``, ``steps``, ``batch_size`` or ``probe`` is out of range.
 
     Example::
 
@@ -45,12 +47,15 @@ class Visit:
     optimizer: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     cut: int | None = None
+    probe: int = 0
 
     def __post_init__(self) -> None:
         if self.client < 0:
             raise ValueError(f"Visit(client={self.client!r}): a client is an index of the population, 0 or more.")
         if self.steps < 0:
             raise ValueError(f"Visit(steps={self.steps!r}): ask for 0 or more local steps.")
+        if self.probe < 0:
+            raise ValueError(f"Visit(probe={self.probe!r}): time 0 or more steps.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"Visit(batch_size={self.batch_size!r}): use 1 or more, or None for the loader's own.")
 
@@ -74,6 +79,7 @@ class Outcome:
             update) or ``"late"`` (it arrived after the stage had closed).
         started, finished: simulated seconds since the start of the run.
         down_seconds, compute_seconds, up_seconds: the parts of that time.
+        forward_seconds: what the forward passes took of the compute time.
         down_bytes, up_bytes: encoded bytes.
         energy: joules spent by the device.
         waited: seconds between the end of the visit and the closing of its stage.
@@ -93,7 +99,13 @@ class Outcome:
     up_bytes: int
     energy: float
     waited: float = 0.0
+    forward_seconds: float = 0.0
     report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def timed_steps(self) -> int:
+        """Steps in ``compute_seconds``: those that were trained and those that were probed."""
+        return self.steps + self.visit.probe
 
     def to_plain(self) -> dict[str, Any]:
         """Built-ins only, for checkpoints."""

@@ -129,7 +129,7 @@ def export_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     model = peft_model(module)
     adapter = model.active_adapter
     tensors: dict[str, Tensor] = dict(get_peft_model_state_dict(model, adapter_name=adapter))
-    config = deepcopy(model.peft_config[adapter])
+    config: Any = deepcopy(model.peft_config[adapter])
     config.inference_mode = True
     head = Anatomy(model).classification_head
     if not head:

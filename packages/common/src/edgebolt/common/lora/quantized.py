@@ -37,10 +37,13 @@ def quantization(bits: Bits, dtype: torch.dtype = torch.float32) -> BitsAndBytes
         raise ModuleNotFoundError(
             f"A base in {bits} bit needs bitsandbytes: pip install 'edgebolt-common[llm,quantized]'"
         ) from error
+    make: Any = BitsAndBytesConfig
     heads: Any = {"llm_int8_skip_modules": ["classifier", "score", "lm_head"]}
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, **heads)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **heads)
+        return make(load_in_8bit=True, **heads)  # type: ignore[no-any-return]
+    return make(  # type: ignore[no-any-return]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **heads
+    )
 
 
 def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:

@@ -59,10 +59,10 @@ def set_ranks(module: nn.Module, ranks: Sequence[int]) -> None:
     if len(ranks) != held:
         raise ValueError(f"ranks={list(ranks)!r} are {len(ranks)}, and {held} layers carry LoRA: give one for each.")
     for layer, _, _, lora in layers:
-        widest = min(lora.in_features, lora.out_features)
+        widest = min(int(lora.in_features or 0), int(lora.out_features or 0))
         if not 1 <= ranks[layer] <= widest:
             raise ValueError(f"ranks[{layer}]={ranks[layer]!r}: use 1 to {widest}, the width of the projection.")
-    configs = [part.peft_config for part in module.modules() if hasattr(part, "get_base_model")]
+    configs: list[Any] = [part.peft_config for part in module.modules() if hasattr(part, "get_base_model")]
     for layer, path, adapter, lora in layers:
         if lora.r[adapter] == ranks[layer]:
             continue
@@ -85,9 +85,10 @@ def _lora_layers(module: nn.Module) -> Iterator[tuple[int, str, str, LoraLayer]]
 def _resize(lora: LoraLayer, adapter: str, rank: int) -> None:
     old_a, old_b = lora.lora_A[adapter], lora.lora_B[adapter]
     a, b = _resized(old_a.weight.detach(), old_b.weight.detach(), rank)  # type: ignore[operator]
-    for linear, weight in ((old_a, a), (old_b, b)):
-        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)  # type: ignore[union-attr]
-        linear.out_features, linear.in_features = weight.shape  # type: ignore[assignment]
+    halves: list[tuple[Any, torch.Tensor]] = [(old_a, a), (old_b, b)]
+    for linear, weight in halves:
+        linear.weight = nn.Parameter(weight, requires_grad=bool(linear.weight.requires_grad))
+        linear.out_features, linear.in_features = weight.shape
     alpha = lora.scaling[adapter] * (math.sqrt(rank) if lora.use_rslora[adapter] else rank)
     lora.r[adapter] = rank
     lora.lora_alpha[adapter] = int(alpha) if float(alpha).is_integer() else alpha

@@ -73,7 +73,8 @@ class CausalLM(FineTuning):
             bits=bits,
         )
         self.save_hyperparameters(ignore=() if isinstance(model, str) else ("model",))
-        words = self.model.get_base_model().config.vocab_size
+        base: Any = self.model.get_base_model()
+        words: int = base.config.vocab_size
         for split in ("val", "test"):
             setattr(self, f"{split}_acc", MulticlassAccuracy(words, average="micro", ignore_index=IGNORED))
             setattr(self, f"{split}_perplexity", Perplexity(ignore_index=IGNORED))
