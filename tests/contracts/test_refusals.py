@@ -231,7 +231,7 @@ def test_an_enrolment_that_trains():
         def enrol(self, server):
             return [Visit(0, 3)]
 
-    with pytest.raises(ValueError, match="train a probe"):
+    with pytest.raises(ValueError, match="time a step with probe=1"):
         fit(make_strategy(Trains()))
 
 

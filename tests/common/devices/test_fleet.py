@@ -227,3 +227,13 @@ def test_arguments_are_checked():
         Fleet([[PHONE]], np.array([0, 1]))
     with pytest.raises(ValueError, match="2 devices, got 1"):
         Fleet([[PHONE]], np.array([0, 0]), ring=np.array([0]))
+
+
+def test_speed_scales_computing_alone():
+    fast, slow = Fleet.jetson(40, seed=3).at(5), Fleet.jetson(40, seed=3, speed=0.25).at(5)
+    assert (slow.flops == fast.flops * 0.25).all()
+    for same in ("memory_bytes", "power_w", "radio_w", "up_bps", "down_bps", "online"):
+        assert (getattr(slow, same) == getattr(fast, same)).all()
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="speed="):
+            Fleet.jetson(4, speed=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -153,6 +154,7 @@ class Fleet:
         failure_rate: float = 0.0,
         online_rate: float = 1.0,
         redraw_every: int = REDRAW_PERIOD_ROUNDS,
+        speed: float = 1.0,
     ) -> Fleet:
         """The Jetson testbed of the reproduced papers, at any size.
 
@@ -166,13 +168,20 @@ class Fleet:
             failure_rate: Probability that a visit dies, the same for all devices.
             online_rate: Probability that a device is reachable in a round, the same for all devices.
             redraw_every: Rounds after which the power modes are drawn again.
+            speed: Factor on the FLOP/s of all boards. A small model on slower boards stands for a larger one: below 1
+                computing weighs more beside sending.
+
+        Raises:
+            ValueError: If there is no device, or ``speed`` is not a finite number above 0.
         """
         n = _count(n)
+        if not 0 < speed < math.inf:
+            raise ValueError(f"speed={speed!r}: use a finite factor above 0")
         kinds = [
             [
                 DeviceProfile(
                     f"{board.name}/mode{mode}",
-                    flops,
+                    flops * speed,
                     board.memory_bytes,
                     power_w,
                     RADIO_POWER_W,
