@@ -2,9 +2,9 @@
 
 Budget: 10 rounds x 10 devices x 3 steps of 8x64 tokens = 300 steps a run, and 256 test documents after each round;
 about 0.3 s a step and 100 s a run on two threads. 19 runs in the balanced regime (six methods by three seeds, and one
-more), 4 of those whose plan depends on the fleet in the others: 23 runs, about 40 minutes. The learning rate was chosen
-for FedLoRA alone, on documents held out of the training split, among 0.002, 0.005 and 0.01. All other values were fixed
-before any two methods were compared.
+more), 4 in the others, of methods whose plan depends on the fleet: 23 runs, about 40 minutes. The learning rate was
+chosen for FedLoRA alone, on documents held out of the training split, among 0.002, 0.005 and 0.01. All other values
+were fixed before any two methods were compared.
 """
 
 import time
