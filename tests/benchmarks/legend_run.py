@@ -123,7 +123,6 @@ def train(algorithm, regime, seed, folder, rounds=ROUNDS, per_round=PER_ROUND, c
     summary = FederatedSummary(folder, figure=False)
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
     module = deepcopy(_fresh(seed))
-    torch.manual_seed(seed)  # new rows of A, where ranks grow
     started = time.perf_counter()
     tests = DataLoader(Subset(data.split("test"), range(count)), batch_size=data.eval_batch_size)
     trainer.fit(module, data.train_dataloader(), tests)

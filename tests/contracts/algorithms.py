@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from runs import CLIENTS, WITH_VAL, LowRankNet, Net, make_strategy
+from runs import CLIENTS, WITH_VAL, LoraNet, LowRankNet, Net, make_strategy
 from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel, blackout
 
-from edgebolt.common.devices import Fleet
+from edgebolt.common.devices import CostModel, Fleet
 from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
+from edgebolt.common.lora import FedLoRA, HetLoRA
+from edgebolt.legend import Legend
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ def failing(rate=0.3):
     return Fleet.jetson(CLIENTS, seed=0, failure_rate=rate)
 
 
+def counted():
+    """Costs are counted, so that depths differ."""
+    return {"fleet": Fleet.jetson(CLIENTS, seed=0, failure_rate=0.1, speed=1e-4), "cost": CostModel()}
+
+
 def lost(at_share):
     return lambda: {"fleet": blackout(CLIENTS, at_share)}
 
@@ -59,4 +66,7 @@ ALGORITHMS = {
     "all uploads lost": Row(FedAvg, lost(1.0)),
     "all offline": Row(FedAvg, lost(None)),
     "enrolment": Row(Enrolled),
+    "fedlora": Row(FedLoRA, optimizer="adamw", module=LoraNet),
+    "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet),
+    "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet),
 }

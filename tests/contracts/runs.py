@@ -74,6 +74,20 @@ class LowRankNet(Net):
         return self.head(self.body(F.relu(x @ self.down.T @ self.up.T)))
 
 
+class LoraNet(Net):
+    """A tiny BERT under LoRA of PEFT, with dropout; the samples' numbers become words."""
+
+    def __init__(self, optimizer="sgd"):
+        from tiny_text import adapted
+
+        super().__init__(optimizer)
+        del self.body, self.head
+        self.model = adapted(hidden_size=8, intermediate_size=8, num_labels=3).model
+
+    def forward(self, x):
+        return self.model(input_ids=(x.clamp(-2.9, 2.9) * 10).long() + 30).logits
+
+
 def tensors(samples, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, 8, generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +106,9 @@ def _resized(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
         return (root[:, None] * (q_a @ right[:rank].T).T).to(a), (q_b @ left[:, :rank] * root).to(b)
     if rank <= had:
         return a[:rank].clone(), b[:, :rank].clone()
-    rows = a.new_empty(rank - had, a.shape[1])
-    nn.init.kaiming_uniform_(rows, a=math.sqrt(5))  # as PEFT; its bound depends on the input's width alone
-    return torch.cat([a, rows]), torch.cat([b, b.new_zeros(len(b), rank - had)], 1)
+    # As PEFT draws them; the bound depends on the input's width alone. The rows that are there seed the new ones:
+    # equal modules stay equal, and nothing else that is drawn changes.
+    seed = int.from_bytes(blake2b(a.float().cpu().numpy().tobytes(), digest_size=7).digest(), "little")
+    rows = torch.empty(rank - had, a.shape[1])
+    nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([a, rows.to(a)]), torch.cat([b, b.new_zeros(len(b), rank - had)], 1)

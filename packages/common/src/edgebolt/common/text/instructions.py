@@ -100,7 +100,10 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
 
 def _distinct(instructions: list[Instruction]) -> list[Instruction]:
     """The first of each prompt, so that none is held out of training and in it as well."""
-    return list({instruction.prompt: instruction for instruction in reversed(instructions)}.values())[::-1]
+    first: dict[str, Instruction] = {}
+    for instruction in instructions:
+        first.setdefault(instruction.prompt, instruction)
+    return list(first.values())
 
 
 def _of_folder(folder: Path) -> dict[str, list[Instruction]]:
