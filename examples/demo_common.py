@@ -24,7 +24,8 @@ from edgebolt.common.federated import (
     FedProx,
     common_target,
     compare,
-    time_to,
+    compare_table,
+    print_table,
 )
 
 # The same for both methods. Fleet and partition were fixed before any comparison; MU was not: see docs/common.md.
@@ -85,44 +86,6 @@ def fit(algorithm, folder, train, val, rounds):
     return summary.rows, strategy
 
 
-def figures(rows, target):
-    """What the table says of a run."""
-    reached, seconds, sent = time_to(rows, "val_acc", target)
-    total = {name: sum(row[f"round/{name}"] for row in rows) for name in ("energy", "visits", "failed")}
-    return {
-        "accuracy, mean of the last 3 rounds": f"{fmean(row['val_acc'] for row in rows[-3:]):.3f}",
-        f"rounds to {target:.3f}, the best that both reach": f"{reached + 1}",
-        "    after simulated seconds": f"{seconds:.1f}",
-        "    after MB, up and down": f"{sent / 1e6:.1f}",
-        "simulated seconds in all": f"{rows[-1]['round/sim_time']:.1f}",
-        "MB up / down in all": f"{rows[-1]['bytes_up_total'] / 1e6:.1f} / {rows[-1]['bytes_down_total'] / 1e6:.1f}",
-        "seconds a visit waits for its round": f"{fmean(row['round/waiting_time'] for row in rows):.2f}",
-        "energy of all devices, J": f"{total['energy']:.0f}",
-        "visits that died / all": f"{total['failed']} / {total['visits']}",
-    }
-
-
-def show(title, columns):
-    """A table of {column: {row: cell}}; rich draws it if it is there."""
-    names = next(iter(columns.values()))
-    head, lines = ["", *columns], [[name, *(cells[name] for cells in columns.values())] for name in names]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        widths = [max(len(line[place]) for line in [head, *lines]) for place in range(len(head))]
-        print(title)
-        for name, *cells in [head, *lines]:
-            print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
-        return
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40, help="at least 3")
@@ -146,7 +109,7 @@ def main():
     assert np.array_equal(*visited), "the same seeds choose the same devices and failures"
 
     target, picture = common_target(runs), args.folder / "common.png"
-    show("The same data, devices, cohorts and failures", {name: figures(rows, target) for name, rows in runs.items()})
+    print_table("The same data, devices, cohorts and failures", compare_table(runs))
     last = {label: fmean(row["val_acc"] for row in rows[-3:]) for label, rows in runs.items()}
     best, worst = max(last, key=last.get), min(last, key=last.get)
     error = (target * (1 - target) / len(val)) ** 0.5

@@ -17,6 +17,7 @@ from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
 from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
 from edgebolt.common.federated.results import common_target, read_rounds, time_to
 from edgebolt.common.federated.results_plot import compare
+from edgebolt.common.federated.results_table import compare_table, print_table
 from edgebolt.common.federated.round_plot import plot_round
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.strategy import FederatedStrategy
@@ -56,7 +57,9 @@ __all__ = [
     "WeightedMean",
     "common_target",
     "compare",
+    "compare_table",
     "plot_round",
+    "print_table",
     "read_rounds",
     "time_to",
 ]
