@@ -32,8 +32,8 @@ def compare_table(
     Example::
 
         >>> def run(seconds):
-        ...     return [{"round": r, "round/sim_time": seconds * (r + 1), "bytes_up_total": 9e6 * r, "val_acc": 0.1 * r,
-        ...              "bytes_down_total": 9e6 * r, "round/energy": 5.0, "round/waiting_time": 1.0,
+        ...     return [{"round": r, "round/sim_time": seconds * (r + 1), "bytes_up_total": 9 * r, "val_acc": 0.1 * r,
+        ...              "bytes_down_total": 9 * r, "round/energy": 5.0, "round/waiting_time": 1.0,
         ...              "round/visits": 4, "round/failed": 0} for r in range(5)]
         >>> compare_table({"slow": run(6.0), "fast": run(3.0)})["fast"]["    speed-up"]
         '2.00'
