@@ -52,6 +52,28 @@ def test_an_mlp_costs_its_closed_form(output):
     assert CostModel().sample_flops(module, batch(), B, {}) == FLOPS / B
 
 
+def test_the_forward_part_is_counted_apart():
+    module, forward = Mlp(), 2 * B * (D * H + H * C)
+    assert count_step(module, batch()).forward_flops == forward
+    cost = CostModel()
+    assert cost.sample_parts(module, batch(), B, {}) == (FLOPS / B, forward / B)
+    module.requires_grad_(False)
+    assert cost.sample_parts(module, batch(), B, {"frozen": True}) == (forward / B, forward / B)
+    resumed = CostModel()
+    resumed.load_state_dict(cost.state_dict())
+    assert resumed.sample_parts(module, None, B, {}) == (FLOPS / B, forward / B)
+
+
+def test_of_a_stated_cost_a_third_is_forward():
+    assert CostModel(flops_per_sample=6e9).sample_parts(Mlp(), None, 4, {}) == pytest.approx((6e9, 2e9))
+
+    class Own(Mlp):
+        def flops(self, settings, batch_size):
+            return 1200 * batch_size
+
+    assert CostModel().sample_parts(Own(), None, 4, {}) == pytest.approx((1200.0, 400.0))
+
+
 def test_frozen_layers_cost_less():
     module = Mlp()
     module.first.requires_grad_(False)
