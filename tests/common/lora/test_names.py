@@ -21,6 +21,13 @@ def test_numbers_inside_a_layer_do_not_count():
     assert layers_held(inside) == 2
 
 
+def test_lora_outside_of_layers_is_left_out():
+    outside = ["embed_tokens.lora_embedding_A.default", "lm_head.lora_A.default.weight"]
+    assert set(adapter_layers([*names("layers.{}.q", [0, 1]), *outside]).values()) == {0, 1}
+    assert not set(outside) & adapter_layers([*names("layers.{}.q", [0, 1]), *outside]).keys()
+    assert layers_held(outside) == 0
+
+
 def test_one_layer_and_none():
     assert layers_held(names("layer.{}.query", [4])) == 1
     assert layers_held(["head.weight", "exploratory.bias"]) == 0 and adapter_layers([]) == {}

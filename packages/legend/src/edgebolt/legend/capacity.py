@@ -58,10 +58,10 @@ class CapacityEstimate:
         """Take in what the delivered visits of a round (or the probes of the enrolment) were measured at."""
         table = self.table(server).clone()
         for outcome in outcomes:
-            steps = outcome.steps + outcome.visit.probe
-            if not outcome.delivered or not steps:
+            steps, depth = outcome.timed_steps, outcome.visit.settings.get("depth")
+            if not outcome.delivered or not steps or depth is None:
                 continue
-            backward = (outcome.compute_seconds - outcome.forward_seconds) / outcome.visit.settings["depth"]
+            backward = (outcome.compute_seconds - outcome.forward_seconds) / depth
             measured = torch.tensor(
                 [
                     outcome.forward_seconds / steps,

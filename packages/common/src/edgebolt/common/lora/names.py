@@ -21,17 +21,15 @@ def adapter_layers(names: Iterable[str]) -> dict[str, int]:
         names: names of tensors, LoRA or not, as PEFT writes them.
 
     Returns:
-        Name -> layer, for the LoRA tensors alone.
+        Name -> layer, for the LoRA of layers alone: LoRA on embeddings or on a head has no number and is left out.
 
     Example::
 
         >>> adapter_layers(["layer.4.query.lora_A.default.weight", "layer.5.query.lora_A.default.weight", "head.bias"])
         {'layer.4.query.lora_A.default.weight': 0, 'layer.5.query.lora_A.default.weight': 1}
     """
-    numbers = {name: _numbers(name) for name in names if _ADAPTER.search(name)}
+    numbers = {name: found for name in names if _ADAPTER.search(name) and (found := _numbers(name))}
     width = min(map(len, numbers.values()), default=0)
-    if not width:
-        return {}
     place = next((i for i in range(width) if len({n[i] for n in numbers.values()}) > 1), 0)
     order = {number: layer for layer, number in enumerate(sorted({n[place] for n in numbers.values()}))}
     return {name: order[found[place]] for name, found in numbers.items()}

@@ -79,6 +79,8 @@ def _lora_layers(module: nn.Module) -> Iterator[tuple[int, str, str, LoraLayer]]
     layers = adapter_layers([f"{name}.lora_A" for name, _ in found])
     for name, part in found:
         lora: Any = part
+        if f"{name}.lora_A" not in layers:  # on embeddings or a head
+            continue
         for adapter in lora.active_adapters:
             yield layers[f"{name}.lora_A"], name.rpartition("base_model.model.")[2], adapter, lora
 

@@ -140,7 +140,7 @@ class FineTuning(pl.LightningModule):
             )
         ranks = {name: len(state[name]) for name, _ in pairs(state)}
         layers = adapter_layers(ranks)
-        of_layer = {layers[name]: rank for name, rank in ranks.items()}
+        of_layer = {layers[name]: rank for name, rank in ranks.items() if name in layers}
         set_ranks(self.model, [of_layer[layer] for layer in sorted(of_layer)])
 
     def export_adapter(self, path: str | os.PathLike[str]) -> None:
