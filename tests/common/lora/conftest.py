@@ -2,7 +2,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_text import Texts, adapted
 from torch.utils.data import DataLoader
 
@@ -13,14 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # families.py: importlib mode pu
 def with_transformers():
     for library in ("transformers", "peft"):
         pytest.importorskip(library, reason="needs edgebolt-common[llm]")
-
-
-@pytest.fixture(autouse=True)
-def single_threaded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
