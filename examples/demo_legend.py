@@ -66,7 +66,7 @@ def without_heads(rows, model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="at least 3")
+    parser.add_argument("--rounds", type=int, default=8, help="at least 3")
     parser.add_argument("--per-round", type=int, default=PER_ROUND, help="devices in a round")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
