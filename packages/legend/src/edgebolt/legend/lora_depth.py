@@ -10,7 +10,6 @@ from edgebolt.common.communication import Tensors
 from edgebolt.common.devices import count_step
 from edgebolt.common.federated import FederatedStrategy
 from edgebolt.common.lora import LoraRanks, adapter_layers, layers_held, set_depth
-from edgebolt.common.lora.depth import check_depth
 from edgebolt.legend.ranks import rank_distribution
 
 if TYPE_CHECKING:
@@ -81,11 +80,9 @@ class LoraDepth(LoraRanks):
         if stage != "fit":
             return
         layers = layers_held(name for name, _ in pl_module.named_parameters())
-        if self.depth is not None:
-            check_depth(self.depth, layers)
-        # In a federated run all that is ever trained must require gradients at the beginning.
-        federated = isinstance(trainer.strategy, FederatedStrategy)
-        set_depth(pl_module, layers if federated or self.depth is None else self.depth)
+        set_depth(pl_module, layers if self.depth is None else self.depth)
+        if isinstance(trainer.strategy, FederatedStrategy):
+            set_depth(pl_module, layers)  # all that is ever trained must require gradients at the beginning
 
     def on_client_start(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
         """Freeze the layers below the visit's depth."""
@@ -107,7 +104,6 @@ class LoraDepth(LoraRanks):
 
     def _depth(self, visit: Visit, layers: int) -> int:
         depth: int = visit.settings.get("depth", layers if self.depth is None else self.depth)
-        check_depth(depth, layers)
         return depth
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -6,19 +6,7 @@ from torch import nn
 
 from edgebolt.common.lora.names import adapter_layers, layers_held
 
-__all__ = ["check_depth", "set_depth"]
-
-
-def check_depth(depth: int, layers: int) -> None:
-    """Refuse a depth that is no number of layers.
-
-    Raises:
-        ValueError: unless ``1 <= depth <= layers``.
-    """
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= layers:
-        raise ValueError(
-            f"depth={depth!r}: {layers} layers carry LoRA; train 1 to {layers} of them, counted from the output."
-        )
+__all__ = ["set_depth"]
 
 
 def set_depth(module: nn.Module, depth: int) -> None:
@@ -50,6 +38,9 @@ def set_depth(module: nn.Module, depth: int) -> None:
             f"{type(module).__name__} has no LoRA layers: add them with edgebolt.common.lora.add_lora(model) or "
             "peft.get_peft_model(model, LoraConfig(...)) in the module's __init__."
         )
-    check_depth(depth, layers)
+    if type(depth) is not int or not 1 <= depth <= layers:
+        raise ValueError(
+            f"depth={depth!r}: {layers} layers carry LoRA; train 1 to {layers} of them, counted from the output."
+        )
     for name, layer in adapter_layers(parameters).items():
         parameters[name].requires_grad_(layer >= layers - depth)
