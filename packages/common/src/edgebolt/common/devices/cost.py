@@ -93,8 +93,8 @@ class CostModel:
     2. the module's own ``flops(settings, batch_size) -> float``: operations of one whole training step;
     3. :func:`count_step` on the nominal batch.
 
-    Where the count is not the third's, the forward pass is taken for a third of it: backward costs twice as much as
-    forward where all weights are trained (assumed).
+    The first two do not say what the forward pass costs; it is assumed to be a third, since backward costs twice as
+    much as forward where all weights are trained.
 
     One object serves one module: another module makes it forget what it has counted. A module whose operations depend
     on the data (lengths, graphs) costs what the nominal batch costs.

@@ -57,7 +57,7 @@ class ClientCallback(Callback):
         """The visit's steps are done. Returns entries for the report, which travels with the upload."""
 
     def upload(self, device: Device, visit: Visit, update: Tensors) -> Tensors:
-        """From the differences ``local - start`` of all tensors to those that are sent."""
+        """From the differences ``local - start`` of all tensors (none at enrolment) to those that are sent."""
         return update
 
 

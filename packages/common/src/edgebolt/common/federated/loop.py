@@ -102,7 +102,9 @@ class FederatedLoop:
         if self.running:
             return
         if not self.enrolled:
+            self.torn = True
             self._enrol()
+            self.torn = False
         self.visits = self._checked(self.algorithm.plan(self.server))
         self.cuts = [self.fleet.cut(v.client, v.steps, self.server.round, v.stage) for v in self.visits]
         self.planned_steps = sum(map(self._needed, range(len(self.visits))))
@@ -267,11 +269,13 @@ class FederatedLoop:
         for outcome in outcomes:
             server.clock.spend(outcome.energy)
         delivered = [outcome for outcome in outcomes if outcome.delivered]
+        timed = [outcome for outcome in delivered if outcome.timed_steps]
         if self.enrolled:
             server.reports["visits"][[outcome.visit.client for outcome in outcomes]] += 1
             server.reports["last_round"][[outcome.visit.client for outcome in delivered]] = server.round
         measured = {
-            "step_seconds": [(o.visit.client, o.compute_seconds / o.timed_steps) for o in delivered if o.timed_steps],
+            "step_seconds": [(o.visit.client, o.compute_seconds / o.timed_steps) for o in timed],
+            "forward_seconds": [(o.visit.client, o.forward_seconds / o.timed_steps) for o in timed],
             "down_bps": [(o.visit.client, 8 * o.down_bytes / o.down_seconds) for o in delivered],
             "up_bps": [(o.visit.client, 8 * o.up_bytes / o.up_seconds) for o in delivered],
         }
@@ -392,7 +396,8 @@ class FederatedLoop:
         if state["torn"]:
             raise ValueError(
                 "The checkpoint was written when an error or Ctrl-C broke off the sending, receiving or merging of a "
-                "model, so that half of it was done: resume from the last checkpoint before it."
+                "model, so that half of it was done: resume from the last checkpoint before it, or begin anew if it "
+                "broke off the enrolment."
             )
         self.server.load_state_dict(state["server"])
         self.devices.load_state_dict(state["devices"])

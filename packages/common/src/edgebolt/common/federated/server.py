@@ -24,8 +24,9 @@ class Server:
         models: name -> tensors, ``"global"`` first; an algorithm may add ``"group/3"``, ``"cluster/0"`` ...
             Tensors in it are replaced, never written into: messages and updates in flight refer to them.
         reports: name -> tensor over the population, shape ``[population, ...]``: ``samples``, ``visits``,
-            ``last_round`` (-1: never delivered), ``step_seconds``, ``down_bps``, ``up_bps`` (last measured, NaN:
-            never) and the last value of every numeric entry that devices put in their reports.
+            ``last_round`` (-1: never delivered), ``step_seconds`` and, of these, ``forward_seconds`` (of a step that
+            was trained or probed), ``down_bps``, ``up_bps`` (last measured, NaN: never) and the last value of every
+            numeric entry that devices put in their reports.
         memory: the algorithm's own notes: tensors and built-ins only, by the name of the part that writes them.
         clock: simulated time and energy.
         ledger: every message and its exact bytes.
@@ -64,7 +65,7 @@ class Server:
             "samples": torch.as_tensor(samples, dtype=torch.int64),
             "visits": torch.zeros(self.population, dtype=torch.int64),
             "last_round": torch.full((self.population,), -1, dtype=torch.int64),
-            **{name: unknown.clone() for name in ("step_seconds", "down_bps", "up_bps")},
+            **{name: unknown.clone() for name in ("step_seconds", "forward_seconds", "down_bps", "up_bps")},
         }
         self._steps_of = steps_of
         self._online = online
