@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runs import CLIENTS, WITH_VAL, LoraNet, LowRankNet, Net, make_strategy
-from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel, blackout
+from toys import Buffered, Clusters, Enrolled, Groups, Patience, Probed, Ranks, StaleModel, blackout
 
 from edgebolt.common.devices import CostModel, Fleet
 from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
@@ -66,6 +66,7 @@ ALGORITHMS = {
     "all uploads lost": Row(FedAvg, lost(1.0)),
     "all offline": Row(FedAvg, lost(None)),
     "enrolment": Row(Enrolled),
+    "measured speeds": Row(Probed, counted, optimizer="adamw"),
     "fedlora": Row(FedLoRA, optimizer="adamw", module=LoraNet),
     "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet),
     "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet),

@@ -1,11 +1,14 @@
 """Probes, submodels, parts that observe, and figures: what a server may learn of devices before and between rounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from runs import CLIENTS, SAMPLES, fit, make_strategy, state
 
+from edgebolt.common.communication import Dense
 from edgebolt.common.devices import CostModel, DeviceProfile, Fleet
-from edgebolt.common.federated import Algorithm, FedAvg, Visit
+from edgebolt.common.federated import Algorithm, ClientCallback, FedAvg, Visit
 
 FLOPS = 1e9  # of a sample
 
@@ -76,14 +79,54 @@ def test_speeds_are_known_before_the_first_plan():
 
     class Plans(Probing):
         def plan(self, server):
-            known.append({name: server.reports[name].clone() for name in ("step_seconds", "up_bps", "visits")})
+            known.append({name: report.clone() for name, report in server.reports.items()})
             return super().plan(server)
 
     run(Plans())
     seconds = known[0]["step_seconds"]
     assert torch.isfinite(seconds).all() and (seconds.diff() < 0).all()  # each device is faster than the one before
+    assert torch.allclose(known[0]["forward_seconds"], seconds / 3)
     assert torch.allclose(known[0]["up_bps"], torch.tensor(1e6, dtype=torch.float64))
     assert not known[0]["visits"].any()  # a probe is no visit
+
+
+def test_a_probe_costs_what_the_device_is_configured_to_do():
+    class Freezes(ClientCallback):
+        def on_client_start(self, trainer, module, device, visit):
+            module.body.requires_grad_("frozen" not in visit.settings)
+
+    class Asks(Probing):
+        def enrol(self, server):
+            visits = [Visit(c, 0, start=None, lane=f"{c}", settings={"frozen": True} if c else {}) for c in (0, 1)]
+            return [replace(visit, probe=1) for visit in visits]
+
+    algorithm = Asks(callbacks=[Freezes()])
+    run(algorithm, cost=CostModel())
+    forward, head = 2 * (8 * 12 + 12 * 3), 2 * 12 * 3
+    for outcome, a_sample in zip(algorithm.selector.told[0], (2 * forward + head, forward + head), strict=True):
+        speed = FLOPS * (1 + outcome.visit.client)
+        assert outcome.compute_seconds == pytest.approx(4 * a_sample / speed)
+        assert outcome.forward_seconds == pytest.approx(4 * forward / speed)
+
+
+@pytest.mark.parametrize("start", [None, "global"])
+def test_callbacks_find_nothing_to_upload_at_enrolment_and_may_add_something(start):
+    seen = []
+
+    class Adds(ClientCallback):
+        def upload(self, device, visit, update):
+            seen.append((visit.probe, set(update)))
+            return update if update else {"labels": torch.ones(1000)}
+
+    class Asks(Probing):
+        def enrol(self, server):
+            return [replace(visit, start=start) for visit in super().enrol(server)]
+
+    algorithm = Asks(callbacks=[Adds()])
+    strategy = run(algorithm, rounds=1).strategy
+    assert [names for probe, names in seen if probe] == [set()] * CLIENTS
+    assert [names for probe, names in seen if not probe] == [set(strategy.server.models["global"])] * 3
+    assert all(4000 < outcome.up_bytes < 4300 for outcome in algorithm.selector.told[0])
 
 
 def test_a_probe_in_a_round_adds_its_time():
@@ -148,28 +191,24 @@ def test_a_submodel_is_what_is_sent_and_is_encoded_once_a_key():
     for (_, client), message in seen.items():
         names = set(message.tensors)
         assert all(name.startswith("head") for name in names) == bool(client % 2)
-    left_out = sum(t.nbytes for n, t in strategy.server.models["global"].items() if not n.startswith("head"))
-    bytes_of = {o.visit.client: o.down_bytes for o in strategy.outcomes}
-    assert 0 < bytes_of[0] - bytes_of[1] - left_out < 1000  # and the names of these tensors
+    model = strategy.server.models["global"]
+    left_out = sum(t.nbytes for name, t in model.items() if not name.startswith("head"))
+    sent = [sum(t.nbytes for t in seen[1, client].tensors.values()) for client in (0, 1)]
+    assert sent[0] - sent[1] == left_out
+    for outcome in strategy.outcomes:  # and the bytes that are counted are those of a message of what is sent
+        expected = Dense().encode(Half()(model, outcome.visit)).with_header(visit=outcome.visit.order())
+        assert outcome.down_bytes == expected.nbytes
 
 
 def test_what_is_not_sent_has_the_beginning_s_value():
     starts = {}
-
-    class Keep(Half):
-        pass
-
-    algorithm = Algorithm(submodel=Keep())
-
-    from edgebolt.common.federated import ClientCallback
 
     class Watch(ClientCallback):
         def on_client_start(self, trainer, module, device, visit):
             body = module.state_dict()["body.0.weight"].clone()
             starts.setdefault(device.id % 2, []).append(body)
 
-    algorithm.callbacks.append(Watch())
-    run(algorithm, rounds=3, per_round=CLIENTS)
+    run(Algorithm(submodel=Half(), callbacks=[Watch()]), rounds=3, per_round=CLIENTS)
     assert all(torch.equal(body, starts[1][0]) for body in starts[1])
     assert not torch.equal(starts[0][0], starts[0][-1])
 

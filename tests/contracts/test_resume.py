@@ -445,3 +445,13 @@ def test_error_between_steps(where, tmp_path):
     with pytest.raises(ValueError, match="resume from the last checkpoint before it"):
         fit(ckpt_path=tmp_path / "exception" / "last.ckpt")
     assert_same(fit(ckpt_path=by_step(tmp_path)[-1]), whole)
+
+
+@pytest.mark.parametrize("where", ["install", "end", "upload"])
+def test_error_at_enrolment(where, tmp_path):
+    """What some devices have sent would be sent, and paid for, twice."""
+    row = ALGORITHMS["measured speeds"]
+    with pytest.raises(RuntimeError, match="sensor unplugged"):
+        fit(*row.make(), callbacks=[OnExceptionCheckpoint(tmp_path, "last"), Breaks(where)])
+    with pytest.raises(ValueError, match="begin anew if it broke off the enrolment"):
+        fit(*row.make(), ckpt_path=tmp_path / "last.ckpt")

@@ -6,9 +6,9 @@ from itertools import cycle, islice, pairwise
 import lightning as L
 import pytest
 import torch
-from algorithms import ALGORITHMS, failing, lost
-from runs import BATCH, CLIENTS, SAMPLES, TRAIN, WITH_VAL, LowRankNet, fit, holds, make_strategy
-from toys import Buffered, Clusters, Enrolled, Groups, Patience, Ranks, StaleModel
+from algorithms import ALGORITHMS, counted, failing, lost
+from runs import BATCH, CLIENTS, SAMPLES, TRAIN, WITH_VAL, LowRankNet, Net, fit, holds, make_strategy
+from toys import Buffered, Clusters, Enrolled, Groups, Patience, Probed, Ranks, StaleModel
 
 from edgebolt.common.devices import CostModel, Fleet
 from edgebolt.common.federated import Algorithm, Evaluation, FedAvg, Sizes
@@ -81,6 +81,17 @@ def test_plain_rounds_take_as_long_as_their_slowest_visit():
         assert run.strategy.history[number]["round/sim_time"] == now
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_parts_of_a_visits_time_are_its_time(name):
+    row = ALGORITHMS[name]
+    _, rounds = outcomes_of(*row.make(), rounds=row.rounds)
+    for outcome in (outcome for outcomes in rounds for outcome in outcomes):
+        parts = outcome.down_seconds + outcome.compute_seconds + outcome.up_seconds
+        assert outcome.finished - outcome.started == pytest.approx(parts, rel=1e-9)
+        assert 0 <= outcome.forward_seconds <= outcome.compute_seconds
+        assert bool(outcome.forward_seconds) == bool(outcome.timed_steps)
+
+
 def test_a_visit_costs_what_its_own_batch_size_costs():
     def halved(server, visits):
         return [replace(visit, batch_size=2, steps=4) for visit in visits]
@@ -108,7 +119,9 @@ def test_interrupted_visits_are_finished_later():
                 assert visit.start is None and visit.steps == owed.pop(visit.client)
                 assert outcome.down_bytes < 300  # an order, no model
                 resumed += 1
-                repeated += visit.steps == 0 and outcome.delivered
+                if visit.steps == 0 and outcome.delivered:  # an upload is repeated, whole, from the device's memory
+                    repeated += 1
+                    assert outcome.up_bytes > sum(tensor.nbytes for tensor in run.model.values())
             else:
                 assert visit.start == "global"
             if not outcome.delivered:
@@ -330,3 +343,19 @@ def test_enrolment_reports_before_the_first_round():
     assert entries["up"].sum() == CLIENTS  # enrolment never fails; then everybody dies
     assert entries["client"][: 2 * CLIENTS].tolist() == [c for c in range(CLIENTS) for _ in (0, 1)]
     assert run.strategy.history[0]["round/failed"] == 3
+
+
+def test_slow_devices_get_less_as_measured():
+    run, rounds = outcomes_of(make_strategy(Probed(), per_round=CLIENTS, **counted()), Net("adamw"))
+    fleet, told = run.strategy.fleet, run.strategy.server.memory["told"]
+    assert told == [CLIENTS] * 4  # the enrolment, and three rounds
+    speeds = [fleet.profile(client, 0).flops for client in range(CLIENTS)]
+    slowest, fastest = speeds.index(min(speeds)), speeds.index(max(speeds))
+    first = {outcome.visit.client: outcome for outcome in rounds[0]}
+    assert first[slowest].visit.settings == {"head only": True} and first[slowest].visit.probe == 1
+    assert first[fastest].visit.settings == {} and first[fastest].visit.probe == 0
+    assert first[slowest].down_bytes < first[fastest].down_bytes
+    for outcome in rounds[0]:  # forward of both layers; gradients of the weights, and of the head's input
+        slow, forward = bool(outcome.visit.settings), 2 * (8 * 12 + 12 * 3)
+        flops = forward + 2 * 12 * 3 if slow else 2 * forward + 2 * 12 * 3
+        assert outcome.forward_seconds / outcome.compute_seconds == pytest.approx(forward / flops)

@@ -1,4 +1,6 @@
-"""Seven toy algorithms, one for each thing that a paper may ask of the core; written against its public names only."""
+"""Eight toy algorithms, one for each thing that a paper may ask of the core; written against its public names only."""
+
+from dataclasses import replace
 
 import torch
 
@@ -306,3 +308,56 @@ class Enrolled(Algorithm):
         share = server.reports["labels"][:, server.round % 3] / server.reports["samples"]
         richest = share.argsort(descending=True, stable=True)[: server.per_round]
         return [Visit(int(client), server.steps(int(client))) for client in richest.sort().values]
+
+
+# --------------------------------------------------------------------- measured speeds, and a part of the model
+
+
+class Pace:
+    """Devices slower than the median train half their steps, on the head alone, and are timed once more.
+
+    Its notes are means of the past and the last measurement of a step and of its forward pass, a row a device.
+    """
+
+    def __call__(self, server, visits):
+        pace = server.memory["pace"][:, 0]
+        slow = {client for client in range(server.population) if pace[client] > pace.median()}
+        return [
+            replace(visit, steps=-(-visit.steps // 2), probe=1, settings={"head only": True})
+            if visit.client in slow
+            else visit
+            for visit in visits
+        ]
+
+    def observe(self, server, outcomes):
+        last = torch.stack([server.reports[name] for name in ("step_seconds", "forward_seconds")], 1)
+        server.memory["pace"] = (server.memory.get("pace", last) + last) / 2
+        server.memory["told"] = [*server.memory.get("told", []), len(outcomes)]
+
+
+class Head:
+    """Submodel: the head, for whom that is all."""
+
+    def key(self, visit):
+        return visit.settings.get("head only", False)
+
+    def __call__(self, tensors, visit):
+        return {name: t for name, t in tensors.items() if name.startswith("head.") or not self.key(visit)}
+
+
+class TrainsHead(ClientCallback):
+    def on_client_start(self, trainer, module, device, visit):
+        module.body.requires_grad_(not visit.settings.get("head only", False))
+
+    def upload(self, device, visit, update):
+        return Head()(update, visit)
+
+
+class Probed(Algorithm):
+    """All devices run two steps before the first round, so that the plan knows their speeds."""
+
+    def __init__(self):
+        super().__init__(configure=[Pace()], submodel=Head(), callbacks=[TrainsHead()])
+
+    def enrol(self, server):
+        return [Visit(client, 0, start=None, probe=2) for client in range(server.population)]
