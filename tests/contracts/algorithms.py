@@ -9,7 +9,7 @@ from toys import Buffered, Clusters, Enrolled, Groups, Patience, Probed, Ranks, 
 
 from edgebolt.common.devices import CostModel, Fleet
 from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
-from edgebolt.common.lora import FedLoRA, HetLoRA
+from edgebolt.common.lora import HetLoRA
 from edgebolt.legend import Legend
 
 
@@ -67,7 +67,6 @@ ALGORITHMS = {
     "all offline": Row(FedAvg, lost(None)),
     "enrolment": Row(Enrolled),
     "measured speeds": Row(Probed, counted, optimizer="adamw"),
-    "fedlora": Row(FedLoRA, optimizer="adamw", module=LoraNet),
-    "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet),
-    "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet),
+    "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet, rounds=2),
+    "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet, rounds=2),
 }

@@ -1,6 +1,8 @@
 """A small federated run, and what must be equal when two runs are the same."""
 
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 
 import lightning as L
 import torch
@@ -78,14 +80,19 @@ class LoraNet(Net):
     """A tiny BERT under LoRA of PEFT, with dropout; the samples' numbers become words."""
 
     def __init__(self, optimizer="sgd"):
-        from tiny_text import adapted
-
         super().__init__(optimizer)
         del self.body, self.head
-        self.model = adapted(hidden_size=8, intermediate_size=8, num_labels=3).model
+        self.model = deepcopy(_bert_under_lora())
 
     def forward(self, x):
         return self.model(input_ids=(x.clamp(-2.9, 2.9) * 10).long() + 30).logits
+
+
+@cache
+def _bert_under_lora():
+    from tiny_text import adapted
+
+    return adapted(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_labels=3).model
 
 
 def tensors(samples, seed):
