@@ -2,7 +2,29 @@
 
 from edgebolt.common.communication.codec import Codec, Dense, Float16
 from edgebolt.common.communication.header import JSON
+from edgebolt.common.communication.hybrid_sign import HybridSign
 from edgebolt.common.communication.ledger import TrafficLedger
 from edgebolt.common.communication.message import Message, MessageError, Tensors
+from edgebolt.common.communication.packed import PackedCodec, RatioCodec
+from edgebolt.common.communication.quantized import QSGD, Int8, SignSGD
+from edgebolt.common.communication.sparse_ternary import SparseTernary
+from edgebolt.common.communication.top_k import TopK
 
-__all__ = ["JSON", "Codec", "Dense", "Float16", "Message", "MessageError", "Tensors", "TrafficLedger"]
+__all__ = [
+    "JSON",
+    "QSGD",
+    "Codec",
+    "Dense",
+    "Float16",
+    "HybridSign",
+    "Int8",
+    "Message",
+    "MessageError",
+    "PackedCodec",
+    "RatioCodec",
+    "SignSGD",
+    "SparseTernary",
+    "Tensors",
+    "TopK",
+    "TrafficLedger",
+]

@@ -10,14 +10,15 @@ import torch
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.message import Message, MessageError, Tensors
 
-__all__ = ["Codec", "Dense", "Float16"]
+__all__ = ["FLOATING", "Codec", "Dense", "Float16"]
 
-_FLOATING = {
+FLOATING = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+"""The floating dtypes that travel, by their names in a header."""
 
 
 class Codec(ABC):
@@ -34,7 +35,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, message: Message, memory: Mapping[str, Any] | None = None) -> Tensors:
-        """Returns the tensors that `message` carries, in wire order (by dtype, then name).
+        """Returns the tensors that `message` carries, in an order that the message alone decides.
 
         Args:
             message: What `encode` made, perhaps on another machine.
@@ -43,6 +44,13 @@ class Codec(ABC):
         Raises:
             MessageError: If the message is another codec's, or not consistent.
         """
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Codec":
+        """Returns the codec as a visit's settings want it; default: itself.
+
+        Decoding takes no settings: whatever a receiver must know stands in the message.
+        """
+        return self
 
     def check_name(self, message: Message) -> None:
         """Raises MessageError unless `message` names this codec."""
@@ -138,12 +146,12 @@ class Float16(Codec):
 
 def _dtype_name(name: str, dtype: torch.dtype) -> str:
     text = str(dtype).removeprefix("torch.")
-    if text not in _FLOATING:
-        raise TypeError(f"tensor {name!r} has dtype {dtype}: convert it with .to(...) to one of {list(_FLOATING)}")
+    if text not in FLOATING:
+        raise TypeError(f"tensor {name!r} has dtype {dtype}: convert it with .to(...) to one of {list(FLOATING)}")
     return text
 
 
 def _floating_dtype(name: str, dtype: JSON) -> torch.dtype:
-    if not isinstance(dtype, str) or dtype not in _FLOATING:
-        raise MessageError(f"tensor {name!r} had dtype {dtype!r}, which is none of {list(_FLOATING)}")
-    return _FLOATING[dtype]
+    if not isinstance(dtype, str) or dtype not in FLOATING:
+        raise MessageError(f"tensor {name!r} had dtype {dtype!r}, which is none of {list(FLOATING)}")
+    return FLOATING[dtype]

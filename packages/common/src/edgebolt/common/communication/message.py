@@ -13,7 +13,7 @@ from torch import Tensor
 from edgebolt.common.communication.header import JSON, canonical_header, dump_header, parse_header
 from edgebolt.common.communication.layout import DTYPES, MAX_INDEX_BYTES, Layout, compute_layout, layout_of
 
-__all__ = ["Message", "MessageError", "Tensors"]
+__all__ = ["Message", "MessageError", "Tensors", "is_finite"]
 
 Tensors: TypeAlias = dict[str, Tensor]
 """Named tensors, as in a state dict."""
@@ -138,7 +138,7 @@ class Message:
 
     def is_finite(self) -> bool:
         """Returns False if any floating tensor holds a NaN or an infinity; an empty message is finite."""
-        return all(_is_finite(tensor) for tensor in self.tensors.values() if tensor.is_floating_point())
+        return all(is_finite(tensor) for tensor in self.tensors.values() if tensor.is_floating_point())
 
     def __reduce__(self) -> tuple[object, tuple[bytes, int]]:
         # Copies and process pools go over the wire format too (and mapping proxies cannot be pickled).
@@ -169,7 +169,8 @@ def _data(tensor: Tensor) -> memoryview:
     return tensor.cpu().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinity."""
     # A NaN or infinity survives every further addition, so a finite sum proves all terms finite. The reverse does not
     # hold (finite terms may overflow), hence the slow and exact second look.
     total = float(tensor.sum())

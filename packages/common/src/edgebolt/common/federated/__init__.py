@@ -9,7 +9,7 @@ from edgebolt.common.federated.algorithm import (
     Uniform,
     WeightedMean,
 )
-from edgebolt.common.federated.client import ClientCallback, KeepMoments
+from edgebolt.common.federated.client import ClientCallback, ErrorFeedback, KeepModel, KeepMoments
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
@@ -35,6 +35,7 @@ __all__ = [
     "Configure",
     "Device",
     "Dirichlet",
+    "ErrorFeedback",
     "Evaluation",
     "FedAvg",
     "FedAvgStrategy",
@@ -42,6 +43,7 @@ __all__ = [
     "FedProxStrategy",
     "FederatedStrategy",
     "FederatedSummary",
+    "KeepModel",
     "KeepMoments",
     "Outcome",
     "Partition",

@@ -119,7 +119,8 @@ class Algorithm:
         configure: applied in turn to the planned visits.
         aggregator: how updates are merged; default :class:`WeightedMean`.
         submodel: which part of the model a visit is sent; default: all of it.
-        down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`.
+        down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`. A visit's
+            settings may tune them (``Codec.with_settings``); visits whose codecs are equal are sent one encoding.
         callbacks: the device half: what devices do beside training.
 
     Attributes:
@@ -172,10 +173,10 @@ class Algorithm:
     def download(self, server: Server, visit: Visit) -> Message:
         """Encode what the device is sent; called only where ``visit.start`` names a model."""
         assert visit.start is not None
-        start, part = visit.start, self.submodel
+        start, part, codec = visit.start, self.submodel, self.down.with_settings(visit.settings)
         if part is None:
-            return server.once(start, lambda: self.down.encode(server.models[start]))
-        return server.once((start, part.key(visit)), lambda: self.down.encode(part(server.models[start], visit)))
+            return server.once((start, codec), lambda: codec.encode(server.models[start]))
+        return server.once((start, part.key(visit), codec), lambda: codec.encode(part(server.models[start], visit)))
 
     def aggregate(self, server: Server, closed: Closed) -> None:
         """Merge the updates of a ``(lane, stage)`` at the simulated instant at which it closes."""

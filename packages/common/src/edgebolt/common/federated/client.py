@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from edgebolt.common.communication import Tensors
+from edgebolt.common.communication import Codec, Tensors
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgebolt.common.federated.device import Device
     from edgebolt.common.federated.visit import Visit
 
-__all__ = ["ClientCallback", "KeepMoments"]
+__all__ = ["ClientCallback", "ErrorFeedback", "KeepModel", "KeepMoments"]
 
 
 class ClientCallback(Callback):
@@ -80,6 +80,58 @@ class KeepMoments(ClientCallback):
             for name, parameter in module.named_parameters()
             if parameter in state
         }
+
+
+class KeepModel(ClientCallback):
+    """The model stays on the device as it stood after its last training, ``memory["model"]``: name -> tensor.
+
+    Codecs lean on it that fill in what they did not send: :class:`~edgebolt.common.communication.HybridSign` and
+    :class:`~edgebolt.common.communication.TopK` with ``fill="memory"``. A device that died keeps what it had.
+    """
+
+    def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
+        """Keep what was trained, uncompressed; what a visit has frozen stays as it was kept before."""
+        if not visit.steps:
+            return
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        model = {name: tensor.detach().clone() for name, tensor in {**trained, **floating}.items()}
+        device.memory["model"] = {**device.memory.get("model", {}), **model}
+
+
+class ErrorFeedback(ClientCallback):
+    """What a lossy codec drops from an update stays on the device and is added to its next one.
+
+    Source: Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., "Error Feedback Fixes SignSGD",
+    2019: ``p = Δ + e``, ``C(p)`` is sent, ``e <- p - C(p)``. A device that comes back after many rounds sends old
+    remainders. A codec that draws random numbers must draw them as a function of its input, for it encodes twice.
+
+    Args:
+        codec: the one that the updates are sent with, ``algorithm.up``. Put this callback first: it must see what the
+            others leave of an update.
+
+    Example::
+
+        >>> from edgebolt.common.communication import SparseTernary
+        >>> from edgebolt.common.federated import Algorithm
+        >>> codec = SparseTernary(ratio=0.99)
+        >>> algorithm = Algorithm(up=codec, callbacks=[ErrorFeedback(codec)])
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def upload(self, device: Device, visit: Visit, update: Tensors) -> Tensors:
+        """The update and what was left of the last ones; the new remainder stays."""
+        kept = device.memory.get("residual", {})
+        total = {
+            name: change + kept[name] if name in kept and kept[name].shape == change.shape else change
+            for name, change in update.items()
+        }
+        codec = self.codec.with_settings(visit.settings)
+        sent = codec.decode(codec.encode(total))
+        device.memory["residual"] = {**kept, **{name: total[name] - sent[name] for name in total}}
+        return total
 
 
 def _copy(value: Any) -> Any:

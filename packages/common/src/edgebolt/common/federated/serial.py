@@ -150,7 +150,8 @@ class Serial:
                 update = {name: self.places[name].detach() - tensor for name, tensor in start.items()}
             for callback in reversed(self.callbacks):
                 update = callback.upload(self.device, visit, update)
-            message = self.algorithm.up.encode(update).with_header(client=visit.client, report=report)
+            codec = self.algorithm.up.with_settings(visit.settings)
+            message = codec.encode(update).with_header(client=visit.client, report=report)
         if self.trainer.optimizers:
             self.trainer.optimizers[0].state.clear()
         self.device, self.start = None, {}
