@@ -7,6 +7,8 @@ from typing import Any
 from runs import CLIENTS, WITH_VAL, LoraNet, LowRankNet, Net, make_strategy
 from toys import Buffered, Clusters, Enrolled, Groups, Patience, Probed, Ranks, StaleModel, blackout
 
+from edgebolt.caesar import Caesar
+from edgebolt.caesar.baselines import CAC, STC, PyramidFL
 from edgebolt.common.devices import CostModel, Fleet
 from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
 from edgebolt.common.lora import HetLoRA
@@ -68,5 +70,10 @@ ALGORITHMS = {
     "enrolment": Row(Enrolled),
     "measured speeds": Row(Probed, counted, optimizer="adamw"),
     "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet, rounds=2),
+    "caesar": Row(lambda: Caesar(min_numel=1, min_batch=2), counted),
+    "caesar, error feedback": Row(lambda: Caesar(min_numel=1, min_batch=2, error_feedback=True), counted, rounds=2),
+    "cac": Row(lambda: CAC(min_numel=1), rounds=2),
+    "pyramidfl": Row(lambda: PyramidFL(min_numel=1), rounds=2),
+    "stc": Row(lambda: STC(min_numel=1)),
     "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet, rounds=2),
 }

@@ -105,7 +105,9 @@ class LevelledBatches:
             self.least,
         )
         # A batch of all its samples is a batch of any larger size; the largest is the same in every round.
-        sizes = np.where(batches >= np.minimum(largest, samples), largest, batches)
+        smaller = [_no_single(int(b), int(n), self.least) for b, n in zip(batches, samples, strict=True)]
+        whole = batches >= np.minimum(largest, samples)
+        sizes = np.where(whole, largest, smaller)
         return [replace(visit, batch_size=int(size)) for visit, size in zip(visits, sizes, strict=True)]
 
 
@@ -120,8 +122,14 @@ def sending_seconds(server: Server, visits: list[Visit]) -> NDArray[np.float64]:
     up = np.array([visit.settings.get("up_ratio", 0.0) for visit in visits])
     down_bytes = dense * np.minimum(1.0, (1 - down) + (1 + down) / 32)
     up_bytes = dense * np.minimum(1.0, (1 - up) + 1 / 32)
-    links = (server.reports[name][clients].numpy() for name in ("down_bps", "up_bps"))
-    return sum(8 * size / bps for size, bps in zip((down_bytes, up_bytes), links, strict=True))  # type: ignore[return-value]
+    down_bps, up_bps = (server.reports[name][clients].numpy() for name in ("down_bps", "up_bps"))
+    seconds: NDArray[np.float64] = 8 * (down_bytes / down_bps + up_bytes / up_bps)
+    return seconds
+
+
+def _no_single(batch: int, samples: int, least: int) -> int:
+    """A batch size, at most the given one, that leaves no last batch of a single sample, which BatchNorm refuses."""
+    return next((size for size in range(batch, max(least, 2) - 1, -1) if samples % size != 1), batch)
 
 
 def _samples_in(steps: int, samples: int, batch: int) -> int:

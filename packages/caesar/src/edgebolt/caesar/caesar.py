@@ -41,9 +41,9 @@ class Caesar(Algorithm):
     A round: a device is sent the model with the share ``θ_d = (1 - δ/t) 0.6`` of its entries degraded to signs
     (:class:`~edgebolt.caesar.DownloadRatios`, :class:`~edgebolt.common.communication.HybridSign`), the more the
     fresher its own old model is, with which it fills them in. It trains, with a batch size at which all end together
-    (:class:`~edgebolt.caesar.LevelledBatches`), and sends the largest entries of its change, the fewer the less its data
-    matter (:class:`~edgebolt.caesar.UploadRatios`, :class:`~edgebolt.common.communication.TopK`). The server's own
-    model is exact: ``w <- w + 1/|N| Σ_i Δ_i``. Before the first round every device reports how its labels are
+    (:class:`~edgebolt.caesar.LevelledBatches`), and sends the largest entries of its change, the fewer the less its
+    data matter (:class:`~edgebolt.caesar.UploadRatios`, :class:`~edgebolt.common.communication.TopK`). The server's
+    own model is exact: ``w <- w + 1/|N| Σ_i Δ_i``. Before the first round every device reports how its labels are
     distributed, its batch size, and how long a step takes it.
 
     Args:

@@ -62,7 +62,7 @@ def importance(
     Returns:
         float64 ``[n]``.
     """
-    volume = balance * samples / samples.max()
+    volume: NDArray[np.float64] = balance * samples / samples.max()
     if divergence is None:
         return volume
     if form == "exp":
@@ -71,7 +71,8 @@ def importance(
         alike = 1 / (1 + divergence)
     else:
         alike = 1 - divergence / max(float(divergence.max()), np.finfo(float).tiny)
-    return volume + (1 - balance) * alike
+    total: NDArray[np.float64] = volume + (1 - balance) * alike
+    return total
 
 
 def ranked_ratios(importance: NDArray[np.float64], least: float = 0.1, most: float = 0.6) -> NDArray[np.float64]:
@@ -147,7 +148,7 @@ class UploadRatios:
             return importance(samples, None, 1.0)
         if _KEY not in server.memory:
             raise ValueError(
-                "no device has reported its labels: put Introduction() among the callbacks, or balance=1."
+                "no device has reported its labels: put Introduction() among the callbacks, or use balance=1"
             )
         divergence = label_divergence(np.array(server.memory[_KEY]), self.reference)
         return importance(samples, divergence, self.balance, self.divergence)

@@ -40,7 +40,8 @@ def download_ratio(staleness: NDArray[np.float64], round: int, most: float = 0.6
         raise ValueError(
             f"staleness={staleness!r}: use 0 to {round} rounds, {round} for a device that never took part."
         )
-    return (1 - staleness / round) * most
+    ratios: NDArray[np.float64] = (1 - staleness / round) * most
+    return ratios
 
 
 def cluster(values: NDArray[np.float64], clusters: int) -> NDArray[np.int64]:
@@ -70,7 +71,8 @@ def cluster(values: NDArray[np.float64], clusters: int) -> NDArray[np.int64]:
     def spread(first: NDArray[np.int64], last: int) -> NDArray[np.float64]:
         """Sum of squared distances to the mean of ``distinct[first:last]``, for each first."""
         amount, summed = weight[last] - weight[first], total[last] - total[first]
-        return square[last] - square[first] - summed**2 / amount
+        spreads: NDArray[np.float64] = square[last] - square[first] - summed**2 / amount
+        return spreads
 
     best = np.full((k + 1, n + 1), np.inf)
     start = np.zeros((k + 1, n + 1), dtype=np.int64)
@@ -81,11 +83,11 @@ def cluster(values: NDArray[np.float64], clusters: int) -> NDArray[np.int64]:
             costs = best[used - 1, first] + spread(first, last)
             start[used, last] = first[costs.argmin()]
             best[used, last] = costs.min()
-    labels, last = np.zeros(n, dtype=np.int64), n
+    labels, end = np.zeros(n, dtype=np.int64), n
     for used in range(k, 0, -1):
-        first = int(start[used, last])
-        labels[first:last] = used - 1
-        last = first
+        begin = int(start[used, end])
+        labels[begin:end] = used - 1
+        end = begin
     result: NDArray[np.int64] = labels[inverse.reshape(-1)]
     return result
 

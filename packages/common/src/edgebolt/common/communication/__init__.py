@@ -9,6 +9,7 @@ from edgebolt.common.communication.packed import PackedCodec, RatioCodec
 from edgebolt.common.communication.quantized import QSGD, Int8, SignSGD
 from edgebolt.common.communication.sparse_ternary import SparseTernary
 from edgebolt.common.communication.top_k import TopK
+from edgebolt.common.communication.update_compression import UpdateCompression
 
 __all__ = [
     "JSON",
@@ -27,4 +28,5 @@ __all__ = [
     "Tensors",
     "TopK",
     "TrafficLedger",
+    "UpdateCompression",
 ]

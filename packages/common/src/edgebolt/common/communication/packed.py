@@ -161,7 +161,8 @@ class PackedCodec(Codec):
                 groups.setdefault(_name(tensor.dtype), []).append(name)
             else:
                 sent[name] = tensor
-        writer, packed = Writer(), {}
+        writer = Writer()
+        packed: dict[str, JSON] = {}
         for dtype, names in sorted(groups.items()):
             shapes: dict[str, JSON] = {}
             records: list[JSON] = []
@@ -175,8 +176,10 @@ class PackedCodec(Codec):
                     records.append(record)
             if records:
                 packed[dtype] = {"shapes": shapes, "records": records}
-        scope = {} if self.scope == "tensor" else {"scope": self.scope}
-        return Message({**sent, **writer.tensors()}, {"codec": self.name, **scope, "packed": packed})
+        header: dict[str, JSON] = {"codec": self.name, "packed": packed}
+        if self.scope != "tensor":
+            header["scope"] = self.scope
+        return Message({**sent, **writer.tensors()}, header)
 
     def decode(self, message: Message, memory: Mapping[str, Any] | None = None) -> Tensors:
         """Returns the tensors that `message` carries, by name; see `Codec.decode`.
@@ -201,7 +204,7 @@ class PackedCodec(Codec):
                 sizes = [prod(shapes[name]) for name in unit]
                 old = partial(_old, model, unit, shapes, FLOATING[dtype])
                 vector = self.unpack(record, sum(sizes), FLOATING[dtype], reader, old)
-                for name, part in zip(unit, vector.split(sizes), strict=True):
+                for name, part in zip(unit, torch.split(vector, sizes), strict=True):
                     decoded[name] = part.view(shapes[name])
         reader.finish()
         return {name: decoded[name] for name in sorted(decoded)}
@@ -227,7 +230,9 @@ class RatioCodec(PackedCodec):
 
     def with_settings(self, settings: Mapping[str, Any]) -> RatioCodec:
         """The codec with the visit's own ratio."""
-        return replace(self, ratio=settings[self.setting]) if self.setting in settings else self
+        if self.setting is None or self.setting not in settings:
+            return self
+        return replace(self, ratio=settings[self.setting])
 
     def kept(self, n: int) -> int:
         """How many of ``n`` entries are kept whole.

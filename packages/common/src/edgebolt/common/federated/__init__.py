@@ -9,11 +9,12 @@ from edgebolt.common.federated.algorithm import (
     Uniform,
     WeightedMean,
 )
-from edgebolt.common.federated.client import ClientCallback, ErrorFeedback, KeepModel, KeepMoments
+from edgebolt.common.federated.client import ClientCallback, ErrorFeedback, KeepModel, KeepMoments, ReportLoss
 from edgebolt.common.federated.client_index import ClientIndex
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
 from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
+from edgebolt.common.federated.oort import Oort
 from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
 from edgebolt.common.federated.results import common_target, read_rounds, time_to
 from edgebolt.common.federated.results_plot import compare
@@ -45,9 +46,11 @@ __all__ = [
     "FederatedSummary",
     "KeepModel",
     "KeepMoments",
+    "Oort",
     "Outcome",
     "Partition",
     "Proximal",
+    "ReportLoss",
     "Selector",
     "Server",
     "Shards",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgebolt.common.federated.device import Device
     from edgebolt.common.federated.visit import Visit
 
-__all__ = ["ClientCallback", "ErrorFeedback", "KeepModel", "KeepMoments"]
+__all__ = ["ClientCallback", "ErrorFeedback", "KeepModel", "KeepMoments", "ReportLoss"]
 
 
 class ClientCallback(Callback):
@@ -99,12 +99,39 @@ class KeepModel(ClientCallback):
         device.memory["model"] = {**device.memory.get("model", {}), **model}
 
 
+class ReportLoss(ClientCallback):
+    """The device reports ``"loss"``, the mean training loss of its visit's steps, which a server may select by."""
+
+    _device: Device
+
+    def install(self, device: Device, visit: Visit, tensors: Tensors) -> Tensors:
+        """A new visit: begin at zero. What was summed lies in the device's memory, so that a visit can be resumed."""
+        device.memory["loss_sum"] = torch.zeros(())
+        return tensors
+
+    def on_client_start(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
+        """Whose steps follow."""
+        self._device = device
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Add a step's loss."""
+        memory = self._device.memory
+        memory["loss_sum"] = memory["loss_sum"].to(loss.device) + loss.detach().float()
+
+    def on_client_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit
+    ) -> dict[str, Any] | None:
+        """The mean."""
+        total = float(device.memory.pop("loss_sum", 0.0))
+        return {"loss": total / visit.steps} if visit.steps else None
+
+
 class ErrorFeedback(ClientCallback):
     """What a lossy codec drops from an update stays on the device and is added to its next one.
 
-    Source: Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., "Error Feedback Fixes SignSGD",
-    2019: ``p = Δ + e``, ``C(p)`` is sent, ``e <- p - C(p)``. A device that comes back after many rounds sends old
-    remainders. A codec that draws random numbers must draw them as a function of its input, for it encodes twice.
+    Source: Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., "Error Feedback Fixes
+    SignSGD", 2019: ``p = Δ + e``, ``C(p)`` is sent, ``e <- p - C(p)``. A device that comes back after many rounds
+    sends old remainders. A codec that draws random numbers must draw them as a function of its input: it encodes twice.
 
     Args:
         codec: the one that the updates are sent with, ``algorithm.up``. Put this callback first: it must see what the

@@ -1,0 +1,82 @@
+"""Caesar beside dense FedAvg, five ways to compress, and its own parts taken out; see caesar_run.py.
+
+Without the clock (``make test``) every method runs a few rounds, so that the code is run and nothing is compared.
+"""
+
+from statistics import fmean
+
+import pytest
+from caesar_run import PER_ROUND, ROUNDS, STEPS, algorithms, available, images, train
+
+from edgebolt.common.federated import common_target, time_to
+
+SEEDS = (0, 1, 2)
+MAIN = ("FedAvg", "FIC", "CAC", "FlexCom", "PyramidFL", "STC", "QSGD", "Caesar")
+SWEEP = ("FedAvg", "FIC", "Caesar")
+FULL = [
+    *[("5", seed, name) for seed in SEEDS for name in MAIN],
+    *[("5", 0, name) for name in algorithms() if name not in MAIN],
+    *[(skew, 0, name) for skew in ("IID", "1", "2", "10") for name in SWEEP],
+]
+SHORT = {"rounds": 3}
+RUNS, ROWS = {}, {}  # (skew, seed, method) -> run, and -> extra_info
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compared():
+    """Once all have run: what each needed to the target that the methods of its group reach."""
+    yield
+    for skew, seed in {key[:2]: None for key in RUNS}:
+        group = {name: run for (s, number, name), run in RUNS.items() if (s, number) == (skew, seed)}
+        main = {name: run.rows for name, run in group.items() if name in MAIN}
+        if len(main) > 1:
+            fill(skew, seed, group, common_target(main))
+
+
+def fill(skew, seed, group, target):
+    """Everything about one skew and seed, FedAvg being 1."""
+    reached = {name: time_to(run.rows, "val_acc", target) for name, run in group.items()}
+    for name, run in group.items():
+        rows, info = run.rows, ROWS[skew, seed, name]
+        info.update(
+            accuracy=fmean(row["val_acc"] for row in rows[-3:]),
+            common_target=target,
+            bytes_per_round=fmean(row["round/bytes_up"] + row["round/bytes_down"] for row in rows[1:]),
+            bytes=rows[-1]["bytes_up_total"] + rows[-1]["bytes_down_total"],
+            sim_seconds=rows[-1]["round/sim_time"],
+            waiting_seconds=fmean(row["round/waiting_time"] for row in rows),
+            energy_joules=sum(row["round/energy"] for row in rows),
+            **{key.replace("/", "_"): fmean(row[key] for row in rows) for key in rows[0] if key.startswith("caesar/")},
+        )
+        if reached[name] is None:  # a variant; the methods themselves all reach it
+            continue
+        round_, seconds, sent = reached[name]
+        info.update(rounds_to_target=round_ + 1, sim_seconds_to_target=seconds, bytes_to_target=sent)
+        if "FedAvg" in group:
+            base = reached["FedAvg"]
+            info.update(speed_up=base[1] / seconds, traffic_saved=1 - sent / base[2])
+
+
+@pytest.mark.skipif(not available(), reason="the digits are not installed: run `make data`")
+@pytest.mark.benchmark(group="caesar")
+@pytest.mark.parametrize(("skew", "seed", "method"), FULL, ids=lambda part: str(part).replace(" ", "-"))
+def test_run(benchmark, tmp_path, skew, seed, method):
+    short = benchmark.disabled
+    if short and (skew, seed) != ("5", 0):
+        pytest.skip("the short form has one skew and one seed")
+    run = benchmark.pedantic(
+        train, (algorithms()[method](), skew, seed, tmp_path), kwargs=SHORT if short else {}, rounds=1, iterations=1
+    )
+    RUNS[skew, seed, method], ROWS[skew, seed, method] = run, benchmark.extra_info
+    benchmark.extra_info.update(skew=skew, method=method, seed=seed, steps=run.steps)
+
+    rounds = SHORT["rounds"] if short else ROUNDS
+    assert run.steps == rounds * PER_ROUND * STEPS <= 6000
+    ledger = run.strategy.ledger
+    sent = sum(outcome.down_bytes + outcome.up_bytes for outcomes in run.outcomes for outcome in outcomes)
+    assert sent == ledger.total_bytes == ledger.up_bytes + ledger.down_bytes
+    labels = images()[1].tensors[1]
+    trivial = float(labels.bincount().max()) / len(labels)
+    benchmark.extra_info["trivial"] = trivial
+    if not short and method == "FedAvg":  # or the table does not count
+        assert fmean(row["val_acc"] for row in run.rows[-3:]) > trivial + 0.2
