@@ -147,9 +147,7 @@ class UploadRatios:
         if self.balance == 1:
             return importance(samples, None, 1.0)
         if _KEY not in server.memory:
-            raise ValueError(
-                "no device has reported its labels: put Introduction() among the callbacks, or use balance=1"
-            )
+            raise ValueError("No device has reported its labels: add the callback Introduction(), or use balance=1.")
         divergence = label_divergence(np.array(server.memory[_KEY]), self.reference)
         return importance(samples, divergence, self.balance, self.divergence)
 
