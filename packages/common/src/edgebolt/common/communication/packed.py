@@ -157,8 +157,9 @@ class PackedCodec(Codec):
             tensor = tensors[name]
             if name.startswith("#"):
                 raise ValueError(f"tensor {name!r}: names that begin with '#' are the codec's own; rename it.")
-            if tensor.is_floating_point() and tensor.numel() >= self.min_numel and is_finite(tensor):
-                groups.setdefault(_name(tensor.dtype), []).append(name)
+            dtype = _name(tensor.dtype) if tensor.is_floating_point() else None
+            if dtype is not None and tensor.numel() >= self.min_numel and is_finite(tensor):
+                groups.setdefault(dtype, []).append(name)
             else:
                 sent[name] = tensor
         writer = Writer()

@@ -21,6 +21,8 @@ __all__ = ["MAX_ENTRIES_PER_BYTE", "decode_positions", "encode_positions", "golo
 MAX_ENTRIES_PER_BYTE = 1024
 """Longest vector that a byte of positions may stand for; bounds what a forged message makes a receiver allocate."""
 
+_RECORD_BYTES = 16  # what the vector's record in the header takes at the least: these bytes count, too
+
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SIGNED = {2: 2**16, 4: 2**32}
 
@@ -64,7 +66,7 @@ def encode_positions(mask: Tensor, kept: int) -> tuple[list[JSON], Tensor]:
     width = next(width for width in _WIDTHS if n <= 256**width)
     # Golomb code takes at least b + 1 bits an entry: where that is more than a bitmap there is no need to try.
     low = golomb_parameter(kept / n) if kept else 0
-    listed = kept * width < best and n <= MAX_ENTRIES_PER_BYTE * kept * width
+    listed = kept * width < best and _is_bounded(n, kept * width)
     if listed or (low and bytes_for(kept * (low + 1)) < best):
         indices = mask.nonzero().view(-1)
         record: list[JSON] = ["bitmap", kept]
@@ -77,7 +79,7 @@ def encode_positions(mask: Tensor, kept: int) -> tuple[list[JSON], Tensor]:
             ends = torch.cumsum((gaps >> low) + 1, 0)
             unary = int(ends[-1])
             size = bytes_for(unary) + bytes_for(kept * low)
-            if size < best and n <= MAX_ENTRIES_PER_BYTE * size:
+            if size < best and _is_bounded(n, size):
                 bits = torch.zeros(unary, dtype=torch.bool, device=mask.device)
                 bits[ends - 1] = True
                 lowest = pack_numbers(gaps & (2**low - 1), low)
@@ -152,8 +154,12 @@ def _golomb(record: list[JSON], n: int, kept: int, take: Callable[[int], Tensor]
     return torch.cumsum((high << low) + lowest + 1, 0) - 1
 
 
+def _is_bounded(n: int, size: int) -> bool:
+    return n <= MAX_ENTRIES_PER_BYTE * (size + _RECORD_BYTES)
+
+
 def _check_expansion(n: int, size: int) -> None:
-    if n > MAX_ENTRIES_PER_BYTE * size:
+    if not _is_bounded(n, size):
         raise MessageError(
             f"{size} bytes of positions stand for {n} entries, more than {MAX_ENTRIES_PER_BYTE} a byte: refused, so "
             "that a few bytes cannot fill the memory"

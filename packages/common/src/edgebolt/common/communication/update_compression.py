@@ -72,8 +72,8 @@ class UpdateCompression(Callback):
         """Refuse a federated strategy, in which steps of several clients follow each other."""
         if hasattr(trainer.strategy, "algorithm") and hasattr(trainer.strategy, "ledger"):
             raise ValueError(
-                "UpdateCompression compresses one stream of steps, and a federated run has one a visit: give the codec "
-                "to the algorithm instead, Algorithm(down=..., up=...)."
+                "UpdateCompression compresses one stream of steps, and a federated run has one a visit: give the "
+                "codec to the algorithm instead, Algorithm(down=..., up=...)."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

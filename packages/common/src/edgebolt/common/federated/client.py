@@ -131,7 +131,7 @@ class ErrorFeedback(ClientCallback):
 
     Source: Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., "Error Feedback Fixes
     SignSGD", 2019: ``p = Δ + e``, ``C(p)`` is sent, ``e <- p - C(p)``. A device that comes back after many rounds
-    sends old remainders. A codec that draws random numbers must draw them as a function of its input: it encodes twice.
+    sends old remainders. The codec is called twice: one that draws random numbers must draw them from its input.
 
     Args:
         codec: the one that the updates are sent with, ``algorithm.up``. Put this callback first: it must see what the
