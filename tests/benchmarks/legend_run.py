@@ -82,7 +82,8 @@ def documents():
 
 
 @cache
-def _fresh(seed):
+def fresh(seed):
+    """MiniLM with LoRA and a head, as every run of the seed begins."""
     from edgebolt.common.text import TextClassifier
 
     with torch.random.fork_rng():
@@ -93,13 +94,13 @@ def _fresh(seed):
 @cache
 def round_flops():
     """Operations of a device's work in a round at full depth."""
-    module = deepcopy(_fresh(0))
+    module = deepcopy(fresh(0))
     return STEPS * count_step(module, next(iter(documents().train_dataloader()))).flops
 
 
 def make_fleet(regime, seed):
     """The Jetsons, all faster or slower so that computing and sending compare as the regime says."""
-    state = dict(_fresh(0).named_parameters())
+    state = dict(fresh(0).named_parameters())
     adapter = 2 * sum(state[name].nbytes for name in adapter_layers(state))
     transfer = 8 * adapter / ((WIFI_MIN_BPS + WIFI_MAX_BPS) / 2)
     speed = round_flops() / (BOARDS[0].flops[0] * REGIMES[regime] * transfer)
@@ -122,7 +123,7 @@ def train(algorithm, regime, seed, folder, rounds=ROUNDS, per_round=PER_ROUND, c
     )
     summary = FederatedSummary(folder, figure=False)
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
-    module = deepcopy(_fresh(seed))
+    module = deepcopy(fresh(seed))
     started = time.perf_counter()
     tests = DataLoader(Subset(data.split("test"), range(count)), batch_size=data.eval_batch_size)
     trainer.fit(module, data.train_dataloader(), tests)

@@ -5,14 +5,17 @@ Without the clock (``make test``) every method runs a few rounds, so that the co
 
 from statistics import fmean
 
+import caesar_text_run
+import legend_run
 import pytest
+import torch
 from caesar_run import PER_ROUND, ROUNDS, STEPS, algorithms, available, images, train
 
 from edgebolt.common.federated import common_target, time_to
 
 SEEDS = (0, 1, 2)
 MAIN = ("FedAvg", "FIC", "CAC", "FlexCom", "PyramidFL", "STC", "QSGD", "Caesar")
-SWEEP = ("FedAvg", "FIC", "Caesar")
+SWEEP = ("FedAvg", "STC", "Caesar")  # STC had sent the fewest bytes to the target at p = 5
 FULL = [
     *[("5", seed, name) for seed in SEEDS for name in MAIN],
     *[("5", 0, name) for name in algorithms() if name not in MAIN],
@@ -80,3 +83,50 @@ def test_run(benchmark, tmp_path, skew, seed, method):
     benchmark.extra_info["trivial"] = trivial
     if not short and method == "FedAvg":  # or the table does not count
         assert fmean(row["val_acc"] for row in run.rows[-3:]) > trivial + 0.2
+
+
+TEXT = {}  # method -> rows, and its extra_info
+
+
+@pytest.mark.skipif(not legend_run.available(), reason="MiniLM or 20 Newsgroups is not installed: run `make data`")
+@pytest.mark.slow
+@pytest.mark.benchmark(group="caesar")
+@pytest.mark.parametrize("method", caesar_text_run.ALGORITHMS)
+def test_language_model(benchmark, tmp_path, method):
+    short = benchmark.disabled
+    if short and method == "STC":
+        pytest.skip("the short form has FedLoRA and Caesar")
+    torch.set_num_threads(2)
+    shape = {"rounds": 3, "count": 16} if short else {}
+    rows, steps, strategy = benchmark.pedantic(
+        caesar_text_run.train, (method, tmp_path), kwargs=shape, rounds=1, iterations=1
+    )
+    TEXT[method] = rows, benchmark.extra_info
+    rounds = shape.get("rounds", caesar_text_run.ROUNDS)
+    assert steps == rounds * caesar_text_run.PER_ROUND * caesar_text_run.STEPS
+    assert rows[-1]["bytes_up_total"] + rows[-1]["bytes_down_total"] == strategy.ledger.total_bytes
+    labels = legend_run.documents().split("test").labels[: caesar_text_run.DOCUMENTS]
+    trivial = float(labels.bincount().max()) / len(labels)
+    benchmark.extra_info.update(method=method, seed=0, torch_threads=2, steps=steps, trivial=trivial)
+    if short:
+        return
+    if method == "FedLoRA":
+        assert fmean(row["val_acc"] for row in rows[-3:]) > trivial + 0.2
+    if len(TEXT) == len(caesar_text_run.ALGORITHMS):
+        target = common_target({name: rows for name, (rows, _) in TEXT.items()})
+        base = time_to(TEXT["FedLoRA"][0], "val_acc", target)
+        for rows, info in TEXT.values():
+            round_, seconds, sent = time_to(rows, "val_acc", target)
+            info.update(
+                accuracy=fmean(row["val_acc"] for row in rows[-3:]),
+                common_target=target,
+                rounds_to_target=round_ + 1,
+                sim_seconds_to_target=seconds,
+                bytes_to_target=sent,
+                bytes_per_round=fmean(row["round/bytes_up"] + row["round/bytes_down"] for row in rows[1:]),
+                bytes=rows[-1]["bytes_up_total"] + rows[-1]["bytes_down_total"],
+                sim_seconds=rows[-1]["round/sim_time"],
+                waiting_seconds=fmean(row["round/waiting_time"] for row in rows),
+                speed_up=base[1] / seconds,
+                traffic_saved=1 - sent / base[2],
+            )
