@@ -48,6 +48,8 @@ def _forge(header, rng):
             if isinstance(child, dict | list)
             else []
         )
+    if not places:  # an earlier change took all away
+        return
     holder, key = places[rng.integers(len(places))]
     if rng.random() < 0.15:
         del holder[key]

@@ -144,7 +144,7 @@ def test_errors_of_the_page_s_simulation(drift, ratio):
         (QSGD(4, 512), 1 / 8 + 1 / 512),
         (Float16(), 1 / 2),
     ],
-    ids=lambda part: repr(part)[:60],
+    ids=lambda part: part.name if isinstance(part, Float16) else repr(part)[:60],
 )
 def test_byte_table(codec, share):
     x = {"w": laplace(1_117_000)[0]}

@@ -10,6 +10,7 @@ __all__ = ["bytes_for", "pack_bits", "pack_numbers", "put", "select", "unpack_bi
 
 # What NumPy has no name for is moved as integers of the same size.
 _MOVED_AS = {torch.bfloat16: torch.int16}
+_CHUNK = 2**20
 
 
 def bytes_for(bits: int) -> int:
@@ -80,8 +81,14 @@ def select(values: Tensor, mask: Tensor) -> Tensor:
     """``values[mask]`` of a vector; on the CPU in a fifth of the time that torch takes."""
     if values.device.type != "cpu":
         return values[mask]
-    moved = _MOVED_AS.get(values.dtype, values.dtype)
-    return torch.from_numpy(np.compress(mask.numpy(), values.view(moved).numpy())).view(values.dtype)
+    chosen, moved = mask.numpy(), values.view(_MOVED_AS.get(values.dtype, values.dtype)).numpy()
+    selected = np.empty(np.count_nonzero(chosen), moved.dtype)
+    stop = 0
+    for begin in range(0, len(chosen), _CHUNK):  # NumPy makes a list of indices, eight bytes each, of what it is given
+        part = slice(begin, begin + _CHUNK)
+        start, stop = stop, stop + np.count_nonzero(chosen[part])
+        np.compress(chosen[part], moved[part], out=selected[start:stop])
+    return torch.from_numpy(selected).view(values.dtype)
 
 
 def put(target: Tensor, mask: Tensor, values: Tensor) -> None:

@@ -84,11 +84,15 @@ class HybridSign(RatioCodec):
         mean, largest = reader.scalars(2).to(dtype)
         positive = torch.zeros_like(mask)
         put(positive, ~mask, signs)
-        vector = torch.where(positive, mean, -mean)
         former = old()
-        if former is not None:
-            former = former.to(vector.device)
-            trusted = ((former >= 0) == positive) & (former.abs() <= largest)  # never true of a NaN
-            vector = torch.where(trusted, former, vector)
+        if former is None:
+            vector = torch.where(positive, mean, -mean)
+        else:  # in place where it can be: a model may be large
+            former = former.to(mask.device)
+            trusted = (former >= 0) == positive
+            trusted &= former <= largest
+            trusted &= former >= -largest  # never true of a NaN
+            vector = torch.where(positive, mean, -mean)
+            torch.where(trusted, former, vector, out=vector)
         put(vector, mask, values)
         return vector

@@ -114,7 +114,7 @@ def decode_positions(record: list[JSON], n: int, take: Callable[[int], Tensor]) 
         return None
     if coding == "bitmap":
         mask = unpack_bits(take(bytes_for(n)), n)
-        found = int(mask.sum())
+        found = int(torch.count_nonzero(mask))
         if found != kept:
             raise MessageError(f"the bitmap marks {found} entries, the header says {kept}")
         return mask

@@ -48,7 +48,7 @@ class SparseTernary(RatioCodec):
         n, kept = len(vector), self.kept(len(vector))
         mask = torch.ones_like(vector, dtype=torch.bool) if kept == n else find_largest(vector, kept).mask
         mask &= vector != 0  # a zero has no sign: it stays zero
-        kept = int(mask.sum())
+        kept = int(torch.count_nonzero(mask))
         values = select(vector, mask)
         magnitude = values.abs().sum(dtype=torch.float64) / max(1, kept)
         writer.scalars(magnitude)

@@ -58,7 +58,7 @@ def find_largest(vector: Tensor, count: int) -> Largest:
         cut = torch.kthvalue(magnitudes, n - count).values
         mask = magnitudes > cut
         mean = torch.empty((), dtype=torch.float64)  # once the mask is complete
-    missing = count - int(mask.sum())
+    missing = count - int(torch.count_nonzero(mask))
     if missing:  # of those that are exactly at the cut
         ties = ((vector == cut) | (vector == -cut)).nonzero().view(-1)[:missing]
         mask[ties] = True
@@ -111,7 +111,7 @@ class TopK(RatioCodec):
         mask = largest.mask
         if self.fill == "zero" and not largest.rest_max:  # then all that is not zero is among the largest
             mask = vector != 0
-            kept = int(mask.sum())
+            kept = int(torch.count_nonzero(mask))
         if kept * vector.element_size() + bytes_for(n) >= vector.nbytes and kept > n // 2:
             return None
         writer.values(select(vector, mask))
