@@ -86,7 +86,7 @@ def select(values: Tensor, mask: Tensor) -> Tensor:
     stop = 0
     for begin in range(0, len(chosen), _CHUNK):  # NumPy makes a list of indices, eight bytes each, of what it is given
         part = slice(begin, begin + _CHUNK)
-        start, stop = stop, stop + np.count_nonzero(chosen[part])
+        start, stop = stop, stop + int(np.count_nonzero(chosen[part]))
         np.compress(chosen[part], moved[part], out=selected[start:stop])
     return torch.from_numpy(selected).view(values.dtype)
 
