@@ -1,8 +1,8 @@
-PYTHON ?= python3
-VENV   ?= .venv
-PAPER  ?= legend
-GROUP  ?=
-ARGS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+PAPER   ?= legend
+GROUP   ?=
+ARGS    ?=
 WORKERS ?= 2
 
 # The one place that names torch's version is constraints.txt; `make constraints TORCH=torch==X.Y.Z` moves it.

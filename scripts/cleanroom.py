@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from monorepo import ROOT, Package, packages, with_extras
@@ -82,6 +83,14 @@ def check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
     return run(*pytest, f"tests/{package.name}", cwd=folder).splitlines()[-1].strip("= ")
 
 
+def timed_check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
+    """Check one package and clear up; returns the line to print."""
+    start = time.perf_counter()
+    summary = check(package, wheels, folder / package.name)
+    shutil.rmtree(folder / package.name)  # an environment with torch takes about a gigabyte
+    return f"clean room {package.name}: {summary}; {time.perf_counter() - start:.0f} s in all"
+
+
 def main() -> None:
     """Check the packages that the command line asks for; exits with the output of the first command that fails."""
     parser = argparse.ArgumentParser(description="Install packages alone and run their tests.")
@@ -101,11 +110,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cleanroom-") as temporary:
         try:
             wheels = build(chosen, Path(temporary, "wheels"))
-            for package in chosen:
-                start = time.perf_counter()
-                summary = check(package, wheels, Path(temporary, package.name))
-                print(f"clean room {package.name}: {summary}; {time.perf_counter() - start:.0f} s in all", flush=True)
-                shutil.rmtree(Path(temporary, package.name))  # an environment with torch takes about a gigabyte
+            with ThreadPoolExecutor(max_workers=2) as pool:  # each mostly waits for pip, or for one thread of tests
+                for line in pool.map(lambda package: timed_check(package, wheels, Path(temporary)), chosen):
+                    print(line, flush=True)
         except CommandError as error:
             sys.exit(f"clean room: failed\n{error}")
 

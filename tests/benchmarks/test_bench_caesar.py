@@ -51,6 +51,9 @@ def fill(skew, seed, group, target):
             energy_joules=sum(row["round/energy"] for row in rows),
             **{key.replace("/", "_"): fmean(row[key] for row in rows) for key in rows[0] if key.startswith("caesar/")},
         )
+        sizes = [o.visit.batch_size for outcomes in run.outcomes for o in outcomes if o.visit.batch_size]
+        if sizes:
+            info["visits_at_smallest_batch"] = fmean(size == min(sizes) for size in sizes)
         if reached[name] is None:  # a variant; the methods themselves all reach it
             continue
         round_, seconds, sent = reached[name]

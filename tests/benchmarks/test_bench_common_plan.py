@@ -40,7 +40,7 @@ class Rounds:
 
     def begin(self):
         """As the running loop does: the plan, who will fail and when, and the queue."""
-        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=None, visit_flops=lambda visit: 0.0)
+        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=None, visit_cost=None)
         loop.begin_round(limit=lambda steps: steps)
         return loop
 

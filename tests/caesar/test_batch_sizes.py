@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edgebolt.caesar import LevelledBatches, level_batches
-from edgebolt.caesar.batch_sizes import _no_single, _samples_in
+from edgebolt.caesar.batch_sizes import _no_single
 
 
 def test_nobody_ends_after_the_fastest_where_that_is_possible():
@@ -38,11 +38,6 @@ def test_a_link_that_takes_longer_than_the_fastest_device_gets_the_least():
 
 def test_a_small_device_keeps_all_its_samples():
     assert level_batches(np.array([100.0, 0.0]), np.ones(2), np.ones(2, int), np.array([3, 32])).tolist() == [3, 32]
-
-
-def test_samples_of_broken_passes():
-    assert [_samples_in(steps, 10, 4) for steps in range(7)] == [0, 4, 8, 10, 14, 18, 20]
-    assert _samples_in(3, 5, 32) == 15
 
 
 def test_no_last_batch_of_one():

@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import entropy
 
 from edgebolt.caesar import UploadRatios, importance, label_divergence, ranked_ratios
+from edgebolt.common.federated import Outcome, Server, Visit
 
 COUNTS = np.random.default_rng(0).integers(0, 20, (6, 4)).astype(float)
 
@@ -49,3 +50,18 @@ def test_volume_alone_and_balance():
 def test_arguments(arguments, says):
     with pytest.raises(ValueError, match=says):
         UploadRatios(**arguments)
+
+
+def test_what_a_device_calls_its_classes_costs_no_memory():
+    server = Server(
+        np.full(3, 5), steps_of=lambda client, size: 1, online=lambda round: np.ones(3, bool), per_round=3, seed=0
+    )
+    reports = [{"labels": {"0": 5, "999999999999": 3}}, {"labels": {"0": -2, "cat": "many"}}, {"labels": [7]}]
+    UploadRatios().observe(server, [outcome(client, report) for client, report in enumerate(reports)])
+    assert server.memory["caesar/labels"].tolist() == [[5, 3, 0], [0, 0, 0], [0, 0, 0]]
+    assert np.isfinite(UploadRatios().importance(server)).all()
+
+
+def outcome(client, report):
+    visit = Visit(client, 0, start=None)
+    return Outcome(visit, 0, True, "", 0.0, 1.0, 0.5, 0.0, 0.5, 1, 1, 0.0, report=report)

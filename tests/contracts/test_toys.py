@@ -90,6 +90,7 @@ def test_the_parts_of_a_visits_time_are_its_time(name):
         assert outcome.finished - outcome.started == pytest.approx(parts, rel=1e-9)
         assert 0 <= outcome.forward_seconds <= outcome.compute_seconds
         assert bool(outcome.forward_seconds) == bool(outcome.timed_steps)
+        assert outcome.timed_steps <= outcome.samples <= outcome.timed_steps * (outcome.visit.batch_size or BATCH)
 
 
 def test_a_visit_costs_what_its_own_batch_size_costs():

@@ -305,7 +305,7 @@ class TestEveryPackedCodecOnce:
     def test_names_of_its_own(self, codec):
         with pytest.raises(ValueError, match="rename"):
             codec.encode({"#bytes": torch.ones(3)})
-        with pytest.raises(TypeError, match=r"convert with \.to"):
+        with pytest.raises(TypeError, match=r"'w' has dtype .* convert it with \.to"):
             codec.encode({"w": torch.ones(3).to(torch.float8_e4m3fn)})
 
 

@@ -66,13 +66,27 @@ def test_the_shortest_coding_is_named(density, coding):
     assert round_trip(random_mask(100_000, density))[0][0] == coding
 
 
-def test_a_list_is_the_shortest_where_positions_crowd():
+def test_a_list_is_the_shortest_for_a_single_place_of_a_few():
     mask = torch.zeros(200, dtype=torch.bool)
-    mask[[5]] = True
+    mask[5] = True
     record, data, decoded = round_trip(mask)
-    assert record[0] in ("list", "golomb") and len(data) <= 2 and torch.equal(decoded, mask)
-    for coding in ("list",):  # one byte an index below 256
-        assert torch.equal(decode_positions([coding, 1], 200, reader(torch.tensor([5], dtype=torch.uint8))), mask)
+    assert record == ["list", 1] and data.tolist() == [5] and torch.equal(decoded, mask)
+
+
+@given(st.integers(1, 3000), st.floats(0.001, 0.999), st.integers(0, 100))
+@settings(max_examples=150, deadline=None)
+def test_the_shortest_of_all_codings_is_taken(n, density, seed):
+    mask = random_mask(n, density, seed)
+    places, low = np.flatnonzero(mask), golomb_parameter(min(float(mask.double().mean()), 0.999) or 0.5)
+    sizes = {"bitmap": -(-n // 8), "list": len(places) * (1 if n <= 256 else 2)}
+    if low and len(places):
+        unary = int(((np.diff(places, prepend=-1) - 1) >> low).sum()) + len(places)
+        sizes["golomb"] = -(-unary // 8) + -(-len(places) * low // 8)
+    record, data, _ = round_trip(mask)
+    if record[0] == "all":
+        assert bool(mask.all()) and not len(data)
+    elif len(places):
+        assert len(data) == sizes[record[0]] == min(sizes.values())
 
 
 @pytest.mark.parametrize("density", [0.1, 0.01, 0.002])

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgebolt.common.federated import Outcome, Server, Visit
+from edgebolt.caesar.ratios import dense_bytes
+from edgebolt.common.federated import Server, Visit
 
 __all__ = ["LevelledBatches", "level_batches"]
 
@@ -74,16 +75,6 @@ class LevelledBatches:
             raise ValueError(f"least={least} is more than most={most}.")
         self.most, self.least = most, least
 
-    def observe(self, server: Server, outcomes: list[Outcome]) -> None:
-        """Keep what a sample took: ``server.reports["sample_seconds"]``."""
-        for outcome in outcomes:
-            if outcome.delivered and outcome.timed_steps:
-                client = outcome.visit.client
-                size = self._largest(server, client) if outcome.visit.batch_size is None else outcome.visit.batch_size
-                if size:
-                    trained = _samples_in(outcome.timed_steps, int(server.reports["samples"][client]), size)
-                    server.record(client, {"sample_seconds": outcome.compute_seconds / trained})
-
     def _largest(self, server: Server, client: int) -> int:
         """The batch size of the device's own loader, as it has reported; 0: unknown."""
         told = server.reports.get("batch_size")
@@ -91,15 +82,14 @@ class LevelledBatches:
 
     def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
         """The visits with their batch sizes."""
-        seconds = server.reports.get("sample_seconds")
         largest = np.array([self.most or self._largest(server, visit.client) for visit in visits])
-        if seconds is None or not largest.all():
-            return [replace(v, batch_size=v.batch_size or self.most) for v in visits]
+        if not largest.all():  # somebody has never said what its loader's batch size is
+            return visits
         clients = [visit.client for visit in visits]
         samples = server.reports["samples"][clients].numpy()
         batches = level_batches(
             sending_seconds(server, visits),
-            seconds[clients].numpy(),
+            server.reports["sample_seconds"][clients].numpy(),
             np.array([visit.steps for visit in visits]),
             np.minimum(largest, samples),
             self.least,
@@ -116,7 +106,7 @@ def sending_seconds(server: Server, visits: list[Visit]) -> NDArray[np.float64]:
 
     A float32 model degraded by ``θ`` takes ``1 - θ`` of its bytes, a bitmap 1/32 and, downwards, signs θ/32.
     """
-    dense = sum(tensor.nbytes for tensor in server.models["global"].values())
+    dense = dense_bytes(server.models["global"])
     clients = [visit.client for visit in visits]
     down = np.array([visit.settings.get("down_ratio", 0.0) for visit in visits])
     up = np.array([visit.settings.get("up_ratio", 0.0) for visit in visits])
@@ -130,9 +120,3 @@ def sending_seconds(server: Server, visits: list[Visit]) -> NDArray[np.float64]:
 def _no_single(batch: int, samples: int, least: int) -> int:
     """A batch size, at most the given one, that leaves no last batch of a single sample, which BatchNorm refuses."""
     return next((size for size in range(batch, max(least, 2) - 1, -1) if samples % size != 1), batch)
-
-
-def _samples_in(steps: int, samples: int, batch: int) -> int:
-    """Samples that so many steps train: passes over the data, of which the last may be broken off."""
-    an_epoch = -(-samples // batch)
-    return steps // an_epoch * samples + min(samples, steps % an_epoch * batch)

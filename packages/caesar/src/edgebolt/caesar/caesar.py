@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from edgebolt.caesar.batch_sizes import LevelledBatches
 from edgebolt.caesar.importance import Divergence, Reference, UploadRatios
 from edgebolt.caesar.introduction import Introduction
+from edgebolt.caesar.ratios import dense_bytes
 from edgebolt.caesar.staleness import DownloadRatios
 from edgebolt.common.communication import Codec, HybridSign, TopK
 from edgebolt.common.communication.packed import Scope
@@ -140,7 +141,7 @@ class Caesar(Algorithm):
         sizes = [o.visit.batch_size for o in outcomes if o.visit.batch_size]
         if sizes:
             figures["caesar/batch_size"] = fmean(sizes)
-        dense = sum(tensor.nbytes for tensor in server.models["global"].values())
+        dense = dense_bytes(server.models["global"])
         sent = [
             (1 - o.visit.settings["down_ratio"]) + bool(o.up_bytes) * (1 - o.visit.settings["up_ratio"])
             for o in outcomes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from edgebolt.caesar.ratios import check_range, ranks, with_ratios
 from edgebolt.common.federated import Outcome, Server, Visit
 
 __all__ = ["Divergence", "Reference", "UploadRatios", "importance", "label_divergence", "ranked_ratios"]
@@ -50,8 +51,9 @@ def importance(
 ) -> NDArray[np.float64]:
     """``C_i = λ n_i / max_j n_j + (1 - λ) g(D_i)``.
 
-    Source: Caesar, equation 3: volume term and ``λ = 0.5`` from a re-implementation, the divergence from a summary;
-    the form of ``g`` was not found, only that it must fall. It decides ranks alone, where volume and skew disagree.
+    Source: Caesar, equation 3: volume term and the value 0.5 from a re-implementation, the divergence from a summary.
+    That ``λ`` weighs the two terms is remembered; the form of ``g``, and that it falls, are completions. They decide
+    ranks alone, where volume and skew disagree.
 
     Args:
         samples: ``n_i``, ``[n]``.
@@ -85,9 +87,8 @@ def ranked_ratios(importance: NDArray[np.float64], least: float = 0.1, most: flo
         >>> ranked_ratios(np.array([5.0, 4.0, 3.0, 2.0, 1.0])).round(2).tolist()
         [0.2, 0.3, 0.4, 0.5, 0.6]
     """
-    rank = np.empty(len(importance))
-    rank[np.argsort(-importance, kind="stable")] = np.arange(1, len(importance) + 1)
-    return least + (most - least) / len(importance) * rank
+    ratios: NDArray[np.float64] = least + (most - least) / len(importance) * (ranks(importance).astype(np.float64) + 1)
+    return ratios
 
 
 class UploadRatios:
@@ -114,8 +115,7 @@ class UploadRatios:
         divergence: Divergence = "exp",
         reference: Reference = "pooled",
     ) -> None:
-        if not 0 <= least <= most < 1:
-            raise ValueError(f"least={least!r}, most={most!r}: use shares to drop with 0 <= least <= most < 1.")
+        check_range(least, most)
         if not 0 <= balance <= 1:
             raise ValueError(f"balance={balance!r}: use the weight of the volume, 0 to 1.")
         if divergence not in ("exp", "inverse", "linear"):
@@ -128,14 +128,17 @@ class UploadRatios:
 
     def observe(self, server: Server, outcomes: list[Outcome]) -> None:
         """Keep the histograms that the enrolment brought."""
-        told = {o.visit.client: o.report["labels"] for o in outcomes if o.delivered and "labels" in o.report}
-        if told:
-            classes = 1 + max(int(label) for labels in told.values() for label in labels)
-            table = np.zeros((server.population, classes))
+        reports = {o.visit.client: o.report.get("labels") for o in outcomes if o.delivered}
+        told = {client: labels for client, labels in reports.items() if isinstance(labels, dict)}
+        # A column for each label that occurs: a device may call its classes what it likes.
+        classes = sorted({label for labels in told.values() for label in labels})
+        column = {label: number for number, label in enumerate(classes)}
+        if column:
+            table = torch.zeros((server.population, len(column)), dtype=torch.float64)
             for client, labels in told.items():
                 for label, count in labels.items():
-                    table[client, int(label)] = count
-            server.memory[_KEY] = table.tolist()
+                    table[client, column[label]] = count if type(count) is int and count > 0 else 0
+            server.memory[_KEY] = table
 
     def importance(self, server: Server) -> NDArray[np.float64]:
         """``C_i`` of all devices, ``[population]``.
@@ -148,7 +151,7 @@ class UploadRatios:
             return importance(samples, None, 1.0)
         if _KEY not in server.memory:
             raise ValueError("No device has reported its labels: add the callback Introduction(), or use balance=1.")
-        divergence = label_divergence(np.array(server.memory[_KEY]), self.reference)
+        divergence = label_divergence(server.memory[_KEY].numpy(), self.reference)
         return importance(samples, divergence, self.balance, self.divergence)
 
     def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
@@ -157,4 +160,4 @@ class UploadRatios:
             ratios = np.full(server.population, self.most)
         else:
             ratios = ranked_ratios(self.importance(server), self.least, self.most)
-        return [replace(v, settings={**v.settings, "up_ratio": float(ratios[v.client])}) for v in visits]
+        return with_ratios(visits, "up_ratio", ratios[[visit.client for visit in visits]])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
+from edgebolt.caesar.ratios import with_ratios
 from edgebolt.common.federated import Server, Visit
 
 __all__ = ["DownloadRatios", "cluster", "download_ratio"]
@@ -132,7 +131,4 @@ class DownloadRatios:
             group = cluster(staleness[holds], self.clusters)
             staleness[holds] = (np.bincount(group, staleness[holds]) / np.bincount(group))[group]
         ratios = download_ratio(staleness, server.round + 1, self.most)
-        return [
-            replace(visit, settings={**visit.settings, "down_ratio": float(ratio)})
-            for visit, ratio in zip(visits, ratios, strict=True)
-        ]
+        return with_ratios(visits, "down_ratio", ratios)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
+from edgebolt.caesar.ratios import check_range, ranks, with_ratios
 from edgebolt.common.communication import Dense, TopK
-from edgebolt.common.federated import Algorithm, KeepModel, Selector, Server, Visit, WeightedMean
+from edgebolt.common.federated import Algorithm, KeepModel, Server, Visit, WeightedMean
 
 __all__ = ["CAC", "FIC", "FlexCom", "LinkRatios"]
 
@@ -25,24 +24,21 @@ class LinkRatios:
     """
 
     def __init__(self, least: float = 0.1, most: float = 0.6) -> None:
-        if not 0 <= least <= most < 1:
-            raise ValueError(f"least={least!r}, most={most!r}: use shares to drop with 0 <= least <= most < 1.")
+        check_range(least, most)
         self.least, self.most = least, most
 
     def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
         """The visits with ``settings["down_ratio"]`` and ``settings["up_ratio"]``."""
-        ratios = {name: self._ratios(server.reports[f"{name}_bps"].numpy()) for name in ("down", "up")}
-        return [
-            replace(v, settings={**v.settings, **{f"{name}_ratio": float(r[v.client]) for name, r in ratios.items()}})
-            for v in visits
-        ]
+        clients = [visit.client for visit in visits]
+        for way in ("down", "up"):
+            visits = with_ratios(visits, f"{way}_ratio", self._ratios(server.reports[f"{way}_bps"].numpy())[clients])
+        return visits
 
     def _ratios(self, bps: np.ndarray) -> np.ndarray:
         ratios = np.full(len(bps), (self.least + self.most) / 2)
         known = np.flatnonzero(~np.isnan(bps))
         if len(known) > 1:
-            fastest_first = known[np.argsort(-bps[known], kind="stable")]
-            ratios[fastest_first] = np.linspace(self.least, self.most, len(known))
+            ratios[known] = np.linspace(self.least, self.most, len(known))[ranks(bps[known])]
         return ratios
 
 
@@ -105,7 +101,6 @@ class FlexCom(Algorithm):
     Args:
         least, most: of the ratios.
         min_numel: tensors with fewer entries travel whole.
-        selector: who trains.
 
     Example::
 
@@ -113,11 +108,8 @@ class FlexCom(Algorithm):
         'dense'
     """
 
-    def __init__(
-        self, least: float = 0.1, most: float = 0.6, min_numel: int = 1024, selector: Selector | None = None
-    ) -> None:
+    def __init__(self, least: float = 0.1, most: float = 0.6, min_numel: int = 1024) -> None:
         super().__init__(
-            selector=selector,
             configure=[LinkRatios(least, most)],
             aggregator=WeightedMean("uniform"),
             down=Dense(),

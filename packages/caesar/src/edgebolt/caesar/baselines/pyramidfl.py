@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgebolt.caesar.ratios import check_range, ranks, with_ratios
 from edgebolt.common.communication import Dense, Tensors, TopK
 from edgebolt.common.federated import (
     Algorithm,
@@ -45,28 +45,23 @@ class ReportNorm(ClientCallback):
 class GradientRatios:
     """``settings["up_ratio"] = low + rank (high - low) / K``, rank 0 for the largest last update of the cohort.
 
-    Source: PyramidFL's released code (``param_server.py``), where it is the rate of an upload dropout.
+    Source: PyramidFL's released code (``param_server.py``), where it is the rate of an upload dropout and the rank is
+    that of the gradient's norm; here it is that of the norm of what the last visit changed.
 
     Args:
         least, most: ``low`` and ``high``, 0.1 and 0.6 as released.
     """
 
     def __init__(self, least: float = 0.1, most: float = 0.6) -> None:
-        if not 0 <= least <= most < 1:
-            raise ValueError(f"least={least!r}, most={most!r}: use shares to drop with 0 <= least <= most < 1.")
+        check_range(least, most)
         self.least, self.most = least, most
 
     def __call__(self, server: Server, visits: list[Visit]) -> list[Visit]:
         """The visits with their ratios; a device that has not reported counts as the largest."""
         norms = server.reports.get("update_norm")
         told = np.array([np.inf if norms is None else norms[visit.client].nan_to_num(nan=np.inf) for visit in visits])
-        rank = np.empty(len(visits))
-        rank[np.argsort(-told, kind="stable")] = np.arange(len(visits))
-        ratios = self.least + rank * (self.most - self.least) / max(1, len(visits))
-        return [
-            replace(visit, settings={**visit.settings, "up_ratio": float(ratio)})
-            for visit, ratio in zip(visits, ratios, strict=True)
-        ]
+        ratios = self.least + ranks(told) * (self.most - self.least) / max(1, len(visits))
+        return with_ratios(visits, "up_ratio", ratios)
 
 
 class PyramidFL(Algorithm):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from edgebolt.caesar.ratios import dense_bytes
 from edgebolt.common.communication import (
     Codec,
     Message,
@@ -94,13 +94,13 @@ class KeepReceived(ClientCallback):
 class STC(Algorithm):
     """Sparse ternary compression, up and down, with a residual on both sides.
 
-    Source: Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019, algorithm
-    2. The server compresses the mean update, plus what it dropped before, into a step; devices are sent the steps that
-    they have missed, or the whole model where that is shorter. Where a device has received more than the server knows
-    (it died later), it leaves out the steps that it has.
+    Source: Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019, as
+    remembered. The server compresses the mean update, plus what it dropped before, into a step; devices are sent the
+    steps that they have missed, or the whole model where that is shorter. Where a device has received more than the
+    server knows (it died later), it leaves out the steps that it has.
 
     Args:
-        ratio: ``θ``, the share that becomes zero, in both directions. The paper's own is 1 - 1/400; 0.6 is the upper
+        ratio: ``θ``, the share that becomes zero, in both directions; 0.6 is the upper
             end of the range that Caesar's paper gives all schemes.
         error_feedback: whether devices keep what they dropped, too.
         min_numel: tensors with fewer entries travel whole.
@@ -131,11 +131,12 @@ class STC(Algorithm):
         assert isinstance(self.down, MissedSteps)
         down, history = self.down, _History.of(server)
         model = server.models["global"]
-        has = server.reports["received"][visit.client] if "received" in server.reports else torch.tensor(math.nan)
-        missed = [] if has.isnan() else history.since(int(has))
-        if missed is not None and not has.isnan() and sum(m.nbytes for m in missed) < _dense_bytes(model):
-            return server.once(("steps", int(has)), lambda: down.encode_steps(int(has), missed))
-        return server.once("whole", lambda: down.encode(model))
+        received = server.reports.get("received")
+        has = -1 if received is None else int(received[visit.client].nan_to_num(nan=-1))
+        missed = None if has < 0 else history.since(has)
+        if missed is None:
+            return server.once("whole", lambda: down.encode(model))
+        return server.once(("steps", has), lambda: down.encode_steps(has, missed))
 
     def aggregate(self, server: Server, closed: Closed) -> None:
         """Compress the mean update and the residual into a step, and make it."""
@@ -149,8 +150,8 @@ class STC(Algorithm):
         step = self.up.decode(message)
         residual = {name: tensor - step[name] for name, tensor in total.items()}
         steps = [*history.steps, message]
-        while sum(step.nbytes for step in steps) >= _dense_bytes(model):
-            del steps[0]  # whoever has missed it is sent the model
+        while sum(step.nbytes for step in steps) >= dense_bytes(model):
+            del steps[0]  # whoever has missed it is sent the model, which is shorter
         _History(history.made + 1, steps, residual).keep(server)
         server.models["global"] = add(model, step)
         for update in closed.updates:  # they have received what their visit sent
@@ -178,7 +179,3 @@ class _History:
         """The steps after the first ``version``; None if they are no longer kept."""
         missed = self.made - version
         return None if missed > len(self.steps) else self.steps[len(self.steps) - missed :]
-
-
-def _dense_bytes(model: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in model.values())

@@ -10,7 +10,7 @@ import torch
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.message import Message, MessageError, Tensors
 
-__all__ = ["FLOATING", "Codec", "Dense", "Float16"]
+__all__ = ["FLOATING", "Codec", "Dense", "Float16", "dtype_name"]
 
 FLOATING = {
     "float64": torch.float64,
@@ -113,7 +113,7 @@ class Float16(Codec):
         Raises:
             TypeError: If a tensor has a floating dtype that no message can carry (float8 ...).
         """
-        former = {name: _dtype_name(name, t.dtype) for name, t in tensors.items() if t.is_floating_point()}
+        former = {name: dtype_name(name, t.dtype) for name, t in tensors.items() if t.is_floating_point()}
         header: dict[str, JSON] = {"codec": self.name}
         if former:
             # Ties go to the name, not to the order of the tensors, so that equal models give equal bytes.
@@ -144,7 +144,8 @@ class Float16(Codec):
         return decoded
 
 
-def _dtype_name(name: str, dtype: torch.dtype) -> str:
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """The name of a floating dtype in a header; TypeError, which names the tensor, if it does not travel."""
     text = str(dtype).removeprefix("torch.")
     if text not in FLOATING:
         raise TypeError(f"tensor {name!r} has dtype {dtype}: convert it with .to(...) to one of {list(FLOATING)}")

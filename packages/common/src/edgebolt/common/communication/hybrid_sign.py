@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edgebolt.common.communication.bits import bytes_for, pack_bits, put, select, unpack_bits
+from edgebolt.common.communication.bits import bytes_for, pack_bits, select, unpack_bits
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.packed import RatioCodec, Reader, Writer
 from edgebolt.common.communication.top_k import find_largest
@@ -83,7 +83,7 @@ class HybridSign(RatioCodec):
         signs = unpack_bits(reader.bytes(bytes_for(n - kept)), n - kept)
         mean, largest = reader.scalars(2).to(dtype)
         positive = torch.zeros_like(mask)
-        put(positive, ~mask, signs)
+        positive.masked_scatter_(~mask, signs)
         former = old()
         if former is None:
             vector = torch.where(positive, mean, -mean)
@@ -94,5 +94,5 @@ class HybridSign(RatioCodec):
             trusted &= former >= -largest  # never true of a NaN
             vector = torch.where(positive, mean, -mean)
             torch.where(trusted, former, vector, out=vector)
-        put(vector, mask, values)
+        vector.masked_scatter_(mask, values)
         return vector

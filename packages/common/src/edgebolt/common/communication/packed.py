@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from edgebolt.common.communication.codec import FLOATING, Codec
+from edgebolt.common.communication.codec import FLOATING, Codec, dtype_name
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.message import Message, MessageError, Tensors, is_finite
 from edgebolt.common.communication.positions import decode_positions, encode_positions
@@ -20,7 +20,7 @@ from edgebolt.common.communication.positions import decode_positions, encode_pos
 __all__ = ["PackedCodec", "RatioCodec", "Reader", "Scope", "Writer"]
 
 Scope = Literal["tensor", "global"]
-_BYTES, _SCALARS, _VALUES = "#bytes", "#scalars", "#values."
+_BYTES, _SCALARS = "#bytes", "#scalars"
 
 
 class Writer:
@@ -39,7 +39,7 @@ class Writer:
 
     def values(self, values: Tensor) -> None:
         """Append floating ``[k]``."""
-        self._parts.setdefault(f"{_VALUES}{_name(values.dtype)}", []).append(values)
+        self._parts.setdefault(_section(values.dtype), []).append(values)
 
     def positions(self, mask: Tensor, kept: int) -> list[JSON]:
         """Append the places of the true entries and return their record."""
@@ -72,7 +72,7 @@ class Reader:
 
     def values(self, dtype: torch.dtype, count: int) -> Tensor:
         """The next floating ``[count]``."""
-        return self._take(f"{_VALUES}{_name(dtype)}", dtype, count)
+        return self._take(_section(dtype), dtype, count)
 
     def positions(self, record: list[JSON], n: int) -> Tensor | None:
         """The mask of the kept of ``n`` entries; None: all."""
@@ -157,7 +157,7 @@ class PackedCodec(Codec):
             tensor = tensors[name]
             if name.startswith("#"):
                 raise ValueError(f"tensor {name!r}: names that begin with '#' are the codec's own; rename it.")
-            dtype = _name(tensor.dtype) if tensor.is_floating_point() else None
+            dtype = dtype_name(name, tensor.dtype) if tensor.is_floating_point() else None
             if dtype is not None and tensor.numel() >= self.min_numel and is_finite(tensor):
                 groups.setdefault(dtype, []).append(name)
             else:
@@ -243,11 +243,8 @@ class RatioCodec(PackedCodec):
         return n - int(self.ratio * n * (1 + 1e-12) + 1e-9)
 
 
-def _name(dtype: torch.dtype) -> str:
-    text = str(dtype).removeprefix("torch.")
-    if text not in FLOATING:
-        raise TypeError(f"dtype {dtype} does not travel: convert with .to(...) to one of {list(FLOATING)}")
-    return text
+def _section(dtype: torch.dtype) -> str:
+    return "#values." + str(dtype).removeprefix("torch.")
 
 
 def _object(value: JSON) -> dict[str, JSON]:

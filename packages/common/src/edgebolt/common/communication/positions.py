@@ -31,7 +31,7 @@ def golomb_parameter(density: float) -> int:
     """``b* = max(0, 1 + floor(log2(log(φ - 1) / log(1 - p))))``: low bits of a gap that are spelled out.
 
     Source: Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data" (STC), 2019,
-    equation 14, after Golomb, "Run-Length Encodings", 1966; φ is the golden ratio and p the density.
+    after Golomb, "Run-Length Encodings", 1966; φ is the golden ratio and p the density.
 
     Example::
 

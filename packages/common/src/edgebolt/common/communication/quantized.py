@@ -28,8 +28,8 @@ __all__ = ["QSGD", "Int8", "SignSGD"]
 class QSGD(PackedCodec):
     """Each entry is rounded at random to one of ``s = 2^(bits-1) - 1`` levels of its bucket's norm, without bias.
 
-    Source: Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", 2017,
-    section 3: ``Q(v_i) = ‖v‖ · sgn(v_i) · ξ_i``, where ``ξ_i`` is ``l/s`` or ``(l+1)/s`` around ``|v_i| / ‖v‖``, with
+    Source: Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", 2017:
+    ``Q(v_i) = ‖v‖ · sgn(v_i) · ξ_i``, where ``ξ_i`` is ``l/s`` or ``(l+1)/s`` around ``|v_i| / ‖v‖``, with
     probabilities that make it right in the mean. Levels are spelled in ``bits`` bits each, the sign included (the
     paper's Elias code is shorter only where almost all are zero).
 
@@ -73,7 +73,7 @@ class QSGD(PackedCodec):
         """The norms, and a number an entry."""
         n, wide = len(vector), torch.promote_types(vector.dtype, torch.float32)
         rows = torch.nn.functional.pad(vector.to(wide), (0, -n % self.bucket)).view(-1, self.bucket)
-        # In float64, or norms of the largest float32 numbers would overflow; once float32, rounded upwards.
+        # In float64, or norms of the largest float32 numbers would overflow.
         norms = rows.abs().amax(1).double() if self.norm == "max" else rows.double().norm(dim=1)
         norms = norms.clamp(max=torch.finfo(torch.float32).max).float()
         levels = 2 ** (self.bits - 1) - 1

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edgebolt.common.communication.bits import bytes_for, pack_bits, put, select, unpack_bits
+from edgebolt.common.communication.bits import bytes_for, pack_bits, select, unpack_bits
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.packed import RatioCodec, Reader, Writer
 from edgebolt.common.communication.top_k import find_largest
@@ -21,12 +21,12 @@ __all__ = ["SparseTernary"]
 class SparseTernary(RatioCodec):
     """The ``n - floor(θ n)`` largest entries become ``±μ``, ``μ`` their mean magnitude; all others zero.
 
-    Source: Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019, algorithm
-    1 (STC) and, for positions, its Golomb code. STC keeps what is lost as a residual for the next message; that is
+    Source: Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019
+    (STC), and its Golomb code for positions. STC keeps what is lost as a residual for the next message; that is
     the sender's part: see :class:`~edgebolt.common.federated.ErrorFeedback`.
 
     Args:
-        ratio: ``θ``, the share that becomes zero; the paper's federated runs keep 1/400.
+        ratio: ``θ``, the share that becomes zero.
         setting: name of the visit's setting that takes the place of ``ratio``.
         scope: ``"tensor"``: one ``μ`` a tensor; ``"global"``: one for all.
         min_numel: smaller tensors travel whole.
@@ -68,5 +68,5 @@ class SparseTernary(RatioCodec):
         if mask is None:
             return values
         vector = torch.zeros(n, dtype=dtype, device=mask.device)
-        put(vector, mask, values)
+        vector.masked_scatter_(mask, values)
         return vector

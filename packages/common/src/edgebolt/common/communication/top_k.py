@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from edgebolt.common.communication.bits import bytes_for, put, select
+from edgebolt.common.communication.bits import bytes_for, select
 from edgebolt.common.communication.header import JSON
 from edgebolt.common.communication.packed import RatioCodec, Reader, Writer
 
@@ -42,29 +42,24 @@ def find_largest(vector: Tensor, count: int) -> Largest:
         >>> find_largest(torch.tensor([1.0, -3.0, 1.0, 0.5]), 2).mask.tolist()
         [True, True, False, False]
     """
-    n = len(vector)
-    magnitudes = vector.abs()
-    if vector.device.type == "cpu":
-        if vector.dtype is torch.bfloat16:
-            magnitudes = magnitudes.float()
-        array = magnitudes.numpy()
-        array.partition(n - count - 1)  # in place: the first n - count are the rest
-        rest = array[: n - count]
-        cut = torch.tensor(rest[-1].item(), dtype=vector.dtype)
-        mean = torch.tensor(float(rest.sum(dtype="float64")) / len(rest), dtype=torch.float64)
-        del magnitudes, array, rest
-        mask = (vector > cut) | (vector < -cut)
-    else:
-        cut = torch.kthvalue(magnitudes, n - count).values
-        mask = magnitudes > cut
-        mean = torch.empty((), dtype=torch.float64)  # once the mask is complete
+    rest = _smallest(vector.abs(), len(vector) - count)
+    cut, mean = rest.max().to(vector.dtype), rest.sum(dtype=torch.float64) / len(rest)
+    del rest
+    mask = (vector > cut) | (vector < -cut)
     missing = count - int(torch.count_nonzero(mask))
     if missing:  # of those that are exactly at the cut
         ties = ((vector == cut) | (vector == -cut)).nonzero().view(-1)[:missing]
         mask[ties] = True
-    if vector.device.type != "cpu":
-        mean = magnitudes.masked_fill(mask, 0).sum(dtype=torch.float64) / (n - count)
     return Largest(mask, cut, mean)
+
+
+def _smallest(magnitudes: Tensor, count: int) -> Tensor:
+    """The ``count`` smallest, in any order; on the CPU they share the memory of ``magnitudes``."""
+    if magnitudes.device.type != "cpu":
+        return torch.topk(magnitudes, count, largest=False, sorted=False).values
+    array = (magnitudes.float() if magnitudes.dtype is torch.bfloat16 else magnitudes).numpy()
+    array.partition(count - 1)  # in place, by NumPy: a fraction of the time of torch.topk
+    return torch.from_numpy(array[:count])
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class TopK(RatioCodec):
         if self.fill == "zero" and not largest.rest_max:  # then all that is not zero is among the largest
             mask = vector != 0
             kept = int(torch.count_nonzero(mask))
-        if kept * vector.element_size() + bytes_for(n) >= vector.nbytes and kept > n // 2:
+        if kept * vector.element_size() + bytes_for(n) >= vector.nbytes:
             return None
         writer.values(select(vector, mask))
         return writer.positions(mask, kept)
@@ -126,6 +121,9 @@ class TopK(RatioCodec):
         if mask is None:
             return values.clone()
         former = old() if self.fill == "memory" else None
-        vector = torch.zeros(n, dtype=dtype, device=mask.device) if former is None else former.nan_to_num(nan=0.0)
-        put(vector, mask, values)
+        if former is None:
+            vector = torch.zeros(n, dtype=dtype, device=mask.device)
+        else:
+            vector = former.to(mask.device).nan_to_num(nan=0.0)
+        vector.masked_scatter_(mask, values)
         return vector

@@ -70,7 +70,9 @@ class UpdateCompression(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a federated strategy, in which steps of several clients follow each other."""
-        if hasattr(trainer.strategy, "algorithm") and hasattr(trainer.strategy, "ledger"):
+        from edgebolt.common.federated import FederatedStrategy  # here, for it imports this package
+
+        if isinstance(trainer.strategy, FederatedStrategy):
             raise ValueError(
                 "UpdateCompression compresses one stream of steps, and a federated run has one a visit: give the "
                 "codec to the algorithm instead, Algorithm(down=..., up=...)."

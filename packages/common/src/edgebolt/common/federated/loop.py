@@ -45,7 +45,7 @@ class FederatedLoop:
         server: its state.
         fleet: what devices can do in each round, and when they die.
         devices: the engine that runs the device half.
-        visit_flops: visit, number of its steps -> FLOPs of these steps, and of their forward passes.
+        visit_cost: visit, number of its steps -> samples in these steps, their FLOPs, and those of forward passes.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class FederatedLoop:
         server: Server,
         fleet: Fleet,
         devices: Serial,
-        visit_flops: Callable[[Visit, int], tuple[float, float]],
+        visit_cost: Callable[[Visit, int], tuple[int, float, float]],
     ) -> None:
         self.algorithm, self.server, self.fleet, self.devices = algorithm, server, fleet, devices
-        self.visit_flops = visit_flops
+        self.visit_cost = visit_cost
         self.enrolled = self.running = False
         self.visits: list[Visit] = []
         self.cuts: list[int | None] = []  # of each visit; nobody sees it before it has happened
@@ -205,7 +205,7 @@ class FederatedLoop:
         assert self.devices.device is not None
         profile = self.devices.device.profile
         timed = self.done + visit.probe
-        flops, forward_flops = self.visit_flops(visit, timed) if timed else (0.0, 0.0)
+        samples, flops, forward_flops = self.visit_cost(visit, timed) if timed else (0, 0.0, 0.0)
         message = self.devices.close(visit, died=cut is not None, enrolling=not self.enrolled)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
@@ -227,6 +227,7 @@ class FederatedLoop:
         outcome = Outcome(
             visit=replace(visit, cut=cut),
             steps=self.done,
+            samples=samples,
             delivered=not reason,
             reason=reason,
             started=flight.opened,
@@ -276,6 +277,7 @@ class FederatedLoop:
         measured = {
             "step_seconds": [(o.visit.client, o.compute_seconds / o.timed_steps) for o in timed],
             "forward_seconds": [(o.visit.client, o.forward_seconds / o.timed_steps) for o in timed],
+            "sample_seconds": [(o.visit.client, o.compute_seconds / o.samples) for o in timed],
             "down_bps": [(o.visit.client, 8 * o.down_bytes / o.down_seconds) for o in delivered],
             "up_bps": [(o.visit.client, 8 * o.up_bytes / o.up_seconds) for o in delivered],
         }

@@ -18,11 +18,11 @@ _KEY = "oort"
 class Oort:
     """Prefers devices of high statistical utility, lowers that of slow ones, and keeps exploring.
 
-    Source: Lai et al., "Oort: Efficient Federated Learning via Guided Participant Selection", OSDI 2021, equation 1,
-    and its released code: ``U_i = n_i loss_i + sqrt(0.1 ln t / r_i)``, times ``(T / t_i)^α`` where ``t_i > T``, the
-    first term clipped at a quantile. The loss of the last visit stands for the root mean square of the samples'
-    losses, which would need a loss a sample; the preferred round time ``T`` is a quantile of the measured ones,
-    without Oort's pacer.
+    Source: Lai et al., "Oort: Efficient Federated Learning via Guided Participant Selection", OSDI 2021, and
+    its released code: ``U_i = n_i loss_i + sqrt(0.1 ln t / r_i)``, times ``(T / t_i)^α`` where ``t_i > T``, the
+    first term clipped at a quantile and divided by its maximum. The loss of the last visit stands for the root mean
+    square of the samples' losses, which would need a loss a sample; the preferred round time ``T`` is a quantile of
+    the measured ones, without Oort's pacer.
 
     Losses come from the callback :class:`~edgebolt.common.federated.ReportLoss`.
 

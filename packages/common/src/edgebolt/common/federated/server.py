@@ -14,6 +14,8 @@ from edgebolt.common.random import stream
 
 __all__ = ["Server"]
 
+_MEASURED = ("step_seconds", "forward_seconds", "sample_seconds", "down_bps", "up_bps")
+
 
 class Server:
     """The server's state, which an :class:`~edgebolt.common.federated.Algorithm` reads and writes.
@@ -25,8 +27,8 @@ class Server:
             Tensors in it are replaced, never written into: messages and updates in flight refer to them.
         reports: name -> tensor over the population, shape ``[population, ...]``: ``samples``, ``visits``,
             ``last_round`` (-1: never delivered), ``step_seconds`` and, of these, ``forward_seconds`` (of a step that
-            was trained or probed), ``down_bps``, ``up_bps`` (last measured, NaN: never) and the last value of every
-            numeric entry that devices put in their reports.
+            was trained or probed), ``sample_seconds`` (the same for a sample), ``down_bps``, ``up_bps`` (last
+            measured, NaN: never) and the last value of every numeric entry that devices put in their reports.
         memory: the algorithm's own notes: tensors and built-ins only, by the name of the part that writes them.
         clock: simulated time and energy.
         ledger: every message and its exact bytes.
@@ -65,7 +67,7 @@ class Server:
             "samples": torch.as_tensor(samples, dtype=torch.int64),
             "visits": torch.zeros(self.population, dtype=torch.int64),
             "last_round": torch.full((self.population,), -1, dtype=torch.int64),
-            **{name: unknown.clone() for name in ("step_seconds", "forward_seconds", "down_bps", "up_bps")},
+            **{name: unknown.clone() for name in _MEASURED},
         }
         self._steps_of = steps_of
         self._online = online

@@ -320,7 +320,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         )
         devices = Serial(self._trainer, module, self.algorithm, self._callbacks, make_device, self.seed)
         server.models["global"] = dict(devices.initial)
-        return FederatedLoop(self.algorithm, server, fleet, devices, self._visit_flops)
+        return FederatedLoop(self.algorithm, server, fleet, devices, self._visit_cost)
 
     @property
     def _client_data(self) -> ClientData:
@@ -405,8 +405,8 @@ class FederatedStrategy(SingleDeviceStrategy):
         """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
         return next(iter(self._client_data.loader(0)))
 
-    def _visit_flops(self, visit: Visit, steps: int) -> tuple[float, float]:
-        """FLOPs of a visit's steps and of their forward passes: a sample's at the nominal shape, times the samples."""
+    def _visit_cost(self, visit: Visit, steps: int) -> tuple[int, float, float]:
+        """Samples in a visit's steps, FLOPs of these (a sample's at the nominal shape) and of their forward passes."""
         module, data = self.lightning_module, self._client_data
         assert module is not None
         if self._nominal is None:
@@ -414,7 +414,7 @@ class FederatedStrategy(SingleDeviceStrategy):
             self._nominal = self._to_device(self._nominal_batch()), size
         every, forward = self.cost.sample_parts(module, *self._nominal, visit.settings)
         samples = data.samples_in(visit.client, steps, visit.batch_size)
-        return every * samples, forward * samples
+        return samples, every * samples, forward * samples
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

@@ -74,6 +74,7 @@ class Outcome:
     Attributes:
         visit: the order.
         steps: steps that were trained.
+        samples: samples in the steps that were trained and probed, each as often as it was seen.
         delivered: whether a usable update arrived in time.
         reason: ``""`` if delivered, else ``"failed"`` (the device died), ``"non-finite"`` (NaN or infinity in the
             update) or ``"late"`` (it arrived after the stage had closed).
@@ -100,6 +101,7 @@ class Outcome:
     energy: float
     waited: float = 0.0
     forward_seconds: float = 0.0
+    samples: int = 0
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
