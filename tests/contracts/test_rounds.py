@@ -59,7 +59,7 @@ def planned(name, module=None, **trainer):
 
     def recorded_cut(client, steps, *args, **kwargs):
         dies_at = cut(client, steps, *args, **kwargs)
-        plans[-1] -= 0 if dies_at is None else steps - dies_at
+        plans[-1] -= 0 if dies_at is None else steps - dies_at.steps
         return dies_at
 
     strategy.algorithm.plan, strategy.fleet.cut = recorded_plan, recorded_cut

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from edgebolt.common.communication import Codec, Message
-from edgebolt.common.devices import Fleet
+from edgebolt.common.devices import Cut, Fleet
 from edgebolt.common.federated import Algorithm, ClientCallback, Evaluation, Visit, WeightedMean
 
 
@@ -88,8 +88,9 @@ class Patience(Algorithm):
     def finish(self, server, outcomes):
         notes = {name: counts.clone() for name, counts in self.notes(server).items()}
         for outcome in outcomes:
-            client = outcome.visit.client
-            notes["left"][client] = -1 if outcome.delivered else outcome.visit.steps - outcome.steps
+            client, cut = outcome.visit.client, outcome.visit.cut
+            if cut is None or cut.down == 1:  # else it is as it was before
+                notes["left"][client] = -1 if outcome.delivered else outcome.visit.steps - outcome.steps
             notes["good" if outcome.delivered else "bad"][client] += 1
         server.memory["patience"] = notes
 
@@ -269,7 +270,7 @@ class Blackout(Fleet):
     def cut(self, client, steps, round, *args, **kwargs):
         if round != 1 or self.at_share is None:
             return None
-        return int(self.at_share * steps)
+        return Cut(int(self.at_share * steps), up=0.5 if self.at_share == 1 else None)
 
     def at(self, round):
         state = super().at(round)

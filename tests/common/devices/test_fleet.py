@@ -163,9 +163,13 @@ def test_failures_are_frequent_as_stated_and_uniform_in_place():
     cuts = [fleet.cut(client, 4, round) for round in range(60) for client in range(100)]
     died = [cut for cut in cuts if cut is not None]
     assert abs(len(died) / len(cuts) - 0.3) < 0.02
-    counts = Counter(died)
-    assert sorted(counts) == [0, 1, 2, 3, 4]  # 4: only the upload is lost
-    assert all(abs(count - len(died) / 5) < 80 for count in counts.values())  # about four standard deviations
+    counts = Counter("download" if c.down < 1 else "upload" if c.up is not None else c.steps for c in died)
+    expected = {"download": 0.1, "upload": 0.1, 0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2}
+    assert counts.keys() == expected.keys()
+    assert all(abs(count / len(died) - expected[where]) < 0.04 for where, count in counts.items())
+    assert all(c.steps == 4 for c in died if c.up is not None) and all(c.steps == 0 for c in died if c.down < 1)
+    assert 0.4 < np.mean([c.down for c in died if c.down < 1]) < 0.6
+    assert 0.4 < np.mean([c.up for c in died if c.up is not None]) < 0.6
 
 
 def test_failures_belong_to_seed_round_client_and_stage_alone():
@@ -195,7 +199,7 @@ def test_failures_belong_to_seed_round_client_and_stage_alone():
 def test_cuts_at_the_ends():
     never, always = Fleet.jetson(20), Fleet.jetson(20, failure_rate=1.0)
     assert all(never.cut(client, 10, 0) is None for client in range(20))
-    assert all(always.cut(client, 0, 0) == 0 for client in range(20))
+    assert all(always.cut(client, 0, 0).steps == 0 for client in range(20))
     with pytest.raises(IndexError, match="clients 0 to 19, got 20"):
         never.cut(20, 10, 0)
     with pytest.raises(IndexError, match="got -1"):

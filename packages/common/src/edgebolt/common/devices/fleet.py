@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgebolt.common.devices.constants import (
     BOARDS,
+    FAILURE_PHASES,
     RADIO_POWER_W,
     REDRAW_PERIOD_ROUNDS,
     RING_BANDS_BPS,
@@ -22,6 +24,7 @@ from edgebolt.common.devices.constants import (
 )
 from edgebolt.common.devices.profile import DeviceProfile
 from edgebolt.common.devices.table import read_profiles
+from edgebolt.common.devices.undependability import Cut, Undependability
 from edgebolt.common.random import stream
 
 __all__ = ["Fleet", "FleetState"]
@@ -126,6 +129,10 @@ class Fleet:
         self._table = {
             name: np.array([getattr(profile, name) for profile in profiles], dtype=_dtype(name)) for name in _NUMBERS
         }
+        self._undependability: Undependability | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._gathered: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
         self._states: OrderedDict[int, FleetState] = OrderedDict()
 
@@ -224,6 +231,28 @@ class Fleet:
         profiles, counts = read_profiles(path)
         return cls([[profile] for profile in profiles], np.repeat(np.arange(len(profiles)), counts), seed)
 
+    def undependable(self, undependability: Undependability) -> Fleet:
+        """The same devices, failing and going offline in this way instead of by the rates of their profiles.
+
+        Args:
+            undependability: groups of failure rates, presence, and where visits die.
+
+        Raises:
+            ValueError: If it says something of another number of devices.
+
+        Example::
+
+            >>> from edgebolt.common.devices import Fleet, Undependability
+            >>> fleet = Fleet.jetson(80).undependable(Undependability(rates=(0.1, 0.3, 0.5)))
+            >>> 0 < int(fleet.at(0).online.sum()) < 80
+            True
+        """
+        undependability.groups(len(self), self.seed)
+        fleet = copy.copy(self)
+        fleet._undependability = undependability
+        fleet._forget()
+        return fleet
+
     def __len__(self) -> int:
         return len(self._kind)
 
@@ -268,13 +297,14 @@ class Fleet:
             up_bps=float(state.up_bps[client]),
             down_bps=float(state.down_bps[client]),
             failure_rate=float(state.failure_rate[client]),
-            online_rate=float(self._table["online_rate"][row]),
+            online_rate=float(self._online_rates(round)[client]),
         )
 
-    def cut(self, client: int, steps: int, round: int, stage: int = 0) -> int | None:
-        """The step after which a visit dies.
+    def cut(self, client: int, steps: int, round: int, stage: int = 0) -> Cut | None:
+        """Where a visit dies.
 
-        A visit fails with the device's ``failure_rate``, at a place that is uniform over ``0 .. steps``. The draw
+        A visit fails with the device's ``failure_rate``, at a place that is uniform over its time, of which a tenth
+        is taken to be the download and a tenth the upload (:class:`Undependability` may say otherwise). The draw
         belongs to (seed, round, client, stage) alone: it is the same for every algorithm, and a rate that is
         raised keeps the failures of the lower one.
 
@@ -285,8 +315,7 @@ class Fleet:
             stage: Stage of the visit in its lane.
 
         Returns:
-            Steps that are done when the visit dies, ``0 .. steps`` (``steps`` itself: only the upload is lost), or
-            None if the visit survives.
+            Steps that are done when it dies and shares of the messages that got through, or None if it survives.
 
         Raises:
             IndexError: If there is no such device.
@@ -297,8 +326,8 @@ class Fleet:
             >>> from edgebolt.common.devices import Fleet
             >>> Fleet.jetson(80).cut(client=3, steps=10, round=0) is None
             True
-            >>> 0 <= Fleet.jetson(80, failure_rate=1.0).cut(client=3, steps=10, round=0) <= 10
-            True
+            >>> Fleet.jetson(80, failure_rate=1.0).cut(client=3, steps=10, round=0)
+            Cut(steps=..., down=..., up=...)
         """
         self._check_client(client)
         if steps < 0:
@@ -309,7 +338,8 @@ class Fleet:
         if rate == 0:
             return None
         chance, place = stream(self.seed, "failure", round, client, stage).random(2)
-        return int(place * (steps + 1)) if chance < rate else None
+        phases = FAILURE_PHASES if self._undependability is None else self._undependability.phases
+        return Cut.at(float(place), steps, phases) if chance < rate else None
 
     def _check_client(self, client: int) -> None:
         if not 0 <= client < len(self):
@@ -323,17 +353,25 @@ class Fleet:
             mode = (stream(self.seed, "mode", period).random(len(self)) * self._modes[self._kind]).astype(np.int64)
             row = self._first[self._kind] + mode
             columns = {"row": row} | {name: _frozen(column[row]) for name, column in self._table.items()}
+            if self._undependability is not None:
+                columns["failure_rate"] = _frozen(self._undependability.failure_rates(len(self), self.seed))
             _remember(self._gathered, period, columns)
         return columns
 
+    def _online_rates(self, round: int) -> NDArray[np.float64]:
+        if self._undependability is not None:
+            return self._undependability.online_rates(len(self), self.seed, round)
+        rates: NDArray[np.float64] = self._rows_of(round)["online_rate"]
+        return rates
+
     def _draw(self, round: int) -> FleetState:
         columns = dict(self._rows_of(round))
-        del columns["row"]
+        del columns["row"], columns["online_rate"]
         if self._ring is not None:
             low, high = self._bands[self._ring].T
             link = _frozen(low + (high - low) * stream(self.seed, "bandwidth", round).random(len(self)))
             columns |= {"up_bps": link, "down_bps": link}
-        rate = columns.pop("online_rate")
+        rate = self._online_rates(round)
         return FleetState(**columns, online=_frozen(stream(self.seed, "online", round).random(len(self)) < rate))
 
 

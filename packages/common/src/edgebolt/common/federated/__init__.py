@@ -3,6 +3,7 @@
 from edgebolt.common.federated.algorithm import (
     Aggregator,
     Algorithm,
+    Closing,
     Configure,
     Selector,
     Submodel,
@@ -11,6 +12,7 @@ from edgebolt.common.federated.algorithm import (
 )
 from edgebolt.common.federated.client import ClientCallback, ErrorFeedback, KeepModel, KeepMoments, ReportLoss
 from edgebolt.common.federated.client_index import ClientIndex
+from edgebolt.common.federated.deadline import Deadline
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.fedavg import FedAvg, FedAvgStrategy
 from edgebolt.common.federated.fedprox import FedProx, FedProxStrategy, Proximal
@@ -33,7 +35,9 @@ __all__ = [
     "ClientCallback",
     "ClientIndex",
     "Closed",
+    "Closing",
     "Configure",
+    "Deadline",
     "Device",
     "Dirichlet",
     "ErrorFeedback",

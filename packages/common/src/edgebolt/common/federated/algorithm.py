@@ -13,7 +13,7 @@ from edgebolt.common.federated.client import ClientCallback
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Visit
 
-__all__ = ["Aggregator", "Algorithm", "Configure", "Selector", "Submodel", "Uniform", "WeightedMean"]
+__all__ = ["Aggregator", "Algorithm", "Closing", "Configure", "Selector", "Submodel", "Uniform", "WeightedMean"]
 
 Weights = Literal["samples", "uniform"]
 
@@ -24,6 +24,13 @@ class Selector(Protocol):
 
     def __call__(self, server: Server) -> np.ndarray:
         """Client indices, shape ``[cohort]``; the cohort may be smaller than ``server.per_round``."""
+
+
+class Closing(Protocol):
+    """Says when a stage closes."""
+
+    def __call__(self, server: Server, outcomes: list[Outcome]) -> float:
+        """Simulated seconds; what finishes later is late. ``outcomes`` are those of all visits of the stage."""
 
 
 class Configure(Protocol):
@@ -122,6 +129,7 @@ class Algorithm:
         down, up: codecs of the two directions; default :class:`~edgebolt.common.communication.Dense`. A visit's
             settings may tune them (``Codec.with_settings``); visits whose codecs are equal are sent one encoding.
         callbacks: the device half: what devices do beside training.
+        closing: when a stage closes; default: when all of its visits have ended.
 
     Attributes:
         carries_over: ``True``: updates may stay in flight past the round's end (asynchronous algorithms).
@@ -142,6 +150,7 @@ class Algorithm:
         down: Codec | None = None,
         up: Codec | None = None,
         callbacks: Sequence[ClientCallback] = (),
+        closing: Closing | None = None,
     ) -> None:
         self.selector: Selector = Uniform() if selector is None else selector
         self.configure = list(configure)
@@ -150,11 +159,12 @@ class Algorithm:
         self.down: Codec = Dense() if down is None else down
         self.up: Codec = Dense() if up is None else up
         self.callbacks = list(callbacks)
+        self.closing = closing
 
     @property
     def parts(self) -> list[Any]:
         """The server's parts, in the order in which they are told of a round's end."""
-        return [self.selector, *self.configure, self.aggregator, self.submodel]
+        return [self.selector, *self.configure, self.aggregator, self.submodel, self.closing]
 
     def enrol(self, server: Server) -> list[Visit]:
         """Visits before the first round, of 0 steps each: label histograms, probes of speed. Default: none.
@@ -185,8 +195,9 @@ class Algorithm:
             server.models["global"] = self.aggregator(server, server.models["global"], updates)
 
     def closing_time(self, server: Server, outcomes: list[Outcome]) -> float:
-        """When a stage closes, in simulated seconds; what finishes later is late. Default: when all have ended."""
-        return max(outcome.finished for outcome in outcomes)
+        """When a stage closes, in simulated seconds, at the latest when all have ended; later updates are late."""
+        last = max(outcome.finished for outcome in outcomes)
+        return last if self.closing is None else min(last, self.closing(server, outcomes))
 
     def finish(self, server: Server, outcomes: list[Outcome]) -> None:
         """Once a round, after its last aggregation, with all outcomes that closed in it, failures included."""

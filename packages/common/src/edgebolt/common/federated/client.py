@@ -56,6 +56,12 @@ class ClientCallback(Callback):
     ) -> dict[str, Any] | None:
         """The visit's steps are done. Returns entries for the report, which travels with the upload."""
 
+    def on_client_delivered(self, device: Device, visit: Visit) -> None:
+        """The server has answered that it took the update of a visit: in time, and whole.
+
+        A device that hears nothing does not know whether its update was lost on the way, came late or was refused.
+        """
+
     def upload(self, device: Device, visit: Visit, update: Tensors) -> Tensors:
         """From the differences ``local - start`` of all tensors (none at enrolment) to those that are sent."""
         return update

@@ -30,6 +30,8 @@ class Device:
             built-ins only. Tensors in it are replaced, never written into.
         profile: effective speed, memory, power and links in this round.
         samples: number of training samples.
+        optimizer: values for the optimizer's groups, a dict a group, that a callback sets in ``on_client_start`` for
+            the visit; the order's own come on top. Empty: the groups as they are.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Device:
     ) -> None:
         self.id, self.memory, self.samples, self.profile = id, memory, samples, profile
         self.round = round
+        self.optimizer: list[dict[str, Any]] = []
         self._loader, self._to_device, self._seed = loader, to_device, seed
 
     def data(self, split: str = "train", batch_size: int | None = None) -> DataLoader[Any]:

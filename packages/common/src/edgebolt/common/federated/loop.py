@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from edgebolt.common.communication import Message
-from edgebolt.common.devices import Fleet
+from edgebolt.common.devices import Cut, Fleet
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.serial import Serial
 from edgebolt.common.federated.server import Server
@@ -60,7 +60,7 @@ class FederatedLoop:
         self.visit_cost = visit_cost
         self.enrolled = self.running = False
         self.visits: list[Visit] = []
-        self.cuts: list[int | None] = []  # of each visit; nobody sees it before it has happened
+        self.cuts: list[Cut | None] = []  # of each visit; nobody sees it before it has happened
         self.waiting: dict[str, dict[int, list[int]]] = {}  # lane -> stage, ascending -> indices of visits
         self.flights: dict[str, Flight] = {}
         self.planned_steps = self.steps = 0  # of the round, before and after the Trainer's limit; cuts included
@@ -90,7 +90,7 @@ class FederatedLoop:
 
     def _needed(self, index: int) -> int:
         cut = self.cuts[index]
-        return self.visits[index].steps if cut is None else min(cut, self.visits[index].steps)
+        return self.visits[index].steps if cut is None else min(cut.steps, self.visits[index].steps)
 
     @property
     def opened(self) -> int:
@@ -181,7 +181,9 @@ class FederatedLoop:
             message = self.algorithm.download(server, visit).with_header(visit=visit.order())
         else:
             raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
-        self.sent_bytes = message.nbytes
+        cut = self.cuts[index]
+        broken = cut is not None and cut.down < 1
+        self.sent_bytes = int(cut.down * message.nbytes) if cut is not None else message.nbytes
         server.ledger.add(
             round=server.round,
             client=visit.client,
@@ -189,10 +191,11 @@ class FederatedLoop:
             nbytes=self.sent_bytes,
             time=flight.opened,
             kind=self._kind,
+            delivered=not broken,
         )
         self.current, self.done = index, 0
         self.loss_sum = 0.0
-        self.devices.open(visit, message, server.round)
+        self.devices.open(visit, None if broken else message, server.round)
 
     @property
     def _kind(self) -> str:
@@ -204,15 +207,17 @@ class FederatedLoop:
         cut = self.cuts[self.current]
         assert self.devices.device is not None
         profile = self.devices.device.profile
-        timed = self.done + visit.probe
+        timed = self.done + (visit.probe if cut is None or cut.down == 1 else 0)
         samples, flops, forward_flops = self.visit_cost(visit, timed) if timed else (0, 0.0, 0.0)
-        message = self.devices.close(visit, died=cut is not None, enrolling=not self.enrolled)
+        sends = cut is None or cut.up is not None
+        message = self.devices.close(visit, died=not sends, enrolling=not self.enrolled)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
         if message is not None:
-            up_bytes = message.nbytes
+            up_bytes = message.nbytes if cut is None else int(cast(float, cut.up) * message.nbytes)
             up = profile.upload_seconds(up_bytes)
-            reason = "" if message.is_finite() else "non-finite"
+            if cut is None:
+                reason = "" if message.is_finite() else "non-finite"
         finished = flight.opened + down + compute + up
         if message is not None:
             server.ledger.add(
@@ -239,7 +244,7 @@ class FederatedLoop:
             up_bytes=up_bytes,
             energy=profile.energy_joules(compute, down + up),
             forward_seconds=profile.compute_seconds(forward_flops),
-            report={} if message is None else cast(dict[str, Any], message.header["report"]),
+            report={} if message is None or reason == "failed" else cast(dict[str, Any], message.header["report"]),
         )
         flight.arrivals.append((outcome, message if outcome.delivered else None))
         if self.done and outcome.delivered:
@@ -260,6 +265,8 @@ class FederatedLoop:
         ]
         outcomes = [outcome for outcome, _ in arrivals]
         self._book(outcomes)
+        for update in updates if self.enrolled else []:
+            self.devices.acknowledge(update.outcome.visit)
         self.algorithm.aggregate(server, Closed(lane, flight.stage, updates, outcomes))
         server.forget_shared()
         self.outcomes += outcomes
@@ -352,7 +359,7 @@ class FederatedLoop:
 
     def _clip(self, limit: int) -> None:
         """Clip the plan to a number of steps, or a limited Trainer would never reach the round's aggregation."""
-        kept: list[tuple[Visit, int | None]] = []
+        kept: list[tuple[Visit, Cut | None]] = []
         for index, visit in enumerate(self.visits):
             needed = self._needed(index)
             if needed <= limit:
@@ -372,8 +379,8 @@ class FederatedLoop:
             "torn": self.torn,
             "enrolled": self.enrolled,
             "running": self.running,
-            "visits": [asdict(visit) for visit in self.visits],
-            "cuts": list(self.cuts),
+            "visits": [visit.to_plain() for visit in self.visits],
+            "cuts": [None if cut is None else asdict(cut) for cut in self.cuts],
             "waiting": {lane: {s: list(v) for s, v in stages.items()} for lane, stages in self.waiting.items()},
             "flights": {lane: _plain_flight(flight) for lane, flight in self.flights.items()},
             "planned_steps": self.planned_steps,
@@ -404,8 +411,9 @@ class FederatedLoop:
         self.server.load_state_dict(state["server"])
         self.devices.load_state_dict(state["devices"])
         self.enrolled, self.running = state["enrolled"], state["running"]
-        self.visits = [Visit(**visit) for visit in state["visits"]]
-        self.cuts, self.waiting = state["cuts"], state["waiting"]
+        self.visits = [Visit.from_plain(visit) for visit in state["visits"]]
+        self.cuts = [None if cut is None else Cut(**cut) for cut in state["cuts"]]
+        self.waiting = state["waiting"]
         self.flights = {lane: _flight(flight) for lane, flight in state["flights"].items()}
         self.planned_steps, self.steps = state["planned_steps"], state["steps"]
         self.current, self.done, self.sent_bytes = state["current"], state["done"], state["sent_bytes"]

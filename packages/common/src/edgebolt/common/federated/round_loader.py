@@ -44,8 +44,10 @@ class RoundLoader:
             if not loop.running:
                 return
             done, server = loop.done, loop.server
-            seed = derive(server.seed, "data", server.round, visit.stage, visit.client)
-            batches = self.data.batches(visit.client, loop.needed, visit.batch_size, seed)
+            seed = derive(server.seed, "data", visit.origin(server.round), visit.stage, visit.client)
+            batches = self.data.batches(visit.client, visit.done + loop.needed, visit.batch_size, seed)
+            for _ in range(visit.done):  # those that were trained before it was interrupted
+                next(batches)
             for step in range(loop.needed):
                 loop.devices.seed_step(step)
                 batch = next(batches)

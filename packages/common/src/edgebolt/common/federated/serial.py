@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,11 +100,19 @@ class Serial:
             for counter, value in self.counters.values():
                 counter.copy_(value)
 
-    def open(self, visit: Visit, message: Message, round: int) -> None:
-        """The device receives the message, installs it and gets ready to train."""
-        memory = self.memories.setdefault(visit.client, {})
+    def _device_of(self, visit: Visit) -> Device:
         self.touched.add(visit.client)
-        self.device = self.make_device(visit.client, memory)
+        device = self.make_device(visit.client, self.memories.setdefault(visit.client, {}))
+        if visit.base is not None:
+            device.round = visit.base  # it goes on with the random numbers of that round
+        return device
+
+    def open(self, visit: Visit, message: Message | None, round: int) -> None:
+        """The device receives the message, installs it and gets ready to train; None: it died before it had it."""
+        self.device = self._device_of(visit)
+        if message is None:
+            return
+        memory = self.device.memory
         tensors = {} if visit.start is None else self.algorithm.down.decode(message, memory)
         for callback in self.callbacks:
             tensors = callback.install(self.device, visit, tensors)
@@ -116,7 +125,7 @@ class Serial:
 
     def _begin(self, visit: Visit, round: int) -> None:
         assert self.device is not None
-        self._step_seed = derive(self.seed, "visit", round, visit.stage, visit.client)
+        self._step_seed = visit.done + derive(self.seed, "visit", visit.origin(round), visit.stage, visit.client)
         self.seed_step(0)
         if self.trainer.optimizers:
             self.trainer.optimizers[0].state.clear()
@@ -133,6 +142,32 @@ class Serial:
             torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+    @contextmanager
+    def group_values(self, visit: Visit, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The optimizer's groups with the values that the device and its visit set, for one step."""
+        own = [] if self.device is None else self.device.optimizer
+        if not own and not visit.optimizer:
+            yield
+            return
+        groups = optimizer.param_groups
+        values = [{**group, **visit.optimizer} for group in own or [{}] * len(groups)]
+        before = [{name: group[name] for name in new} for group, new in zip(groups, values, strict=True)]
+        for group, new in zip(groups, values, strict=True):
+            group.update(new)
+        try:
+            yield
+        finally:
+            for group, old in zip(groups, before, strict=True):
+                group.update(old)
+
+    def acknowledge(self, visit: Visit) -> None:
+        """Tell a device that its update was taken."""
+        told = [c for c in self.callbacks if type(c).on_client_delivered is not ClientCallback.on_client_delivered]
+        if told:
+            device = self._device_of(visit)
+            for callback in told:
+                callback.on_client_delivered(device, visit)
 
     def close(self, visit: Visit, died: bool, enrolling: bool = False) -> Message | None:
         """The device's answer, or None if it died; either way the optimizer is emptied.
@@ -182,7 +217,7 @@ class Serial:
         """Go on with the open visit: as at its start, then with the weights and moments that it had reached."""
         assert self.parked is not None
         local, self.parked = self.parked, None
-        self.device = self.make_device(visit.client, self.memories.setdefault(visit.client, {}))
+        self.device = self._device_of(visit)
         self.put(self.start)
         self._begin(visit, round)
         self.put({name: tensor for name, tensor in local["tensors"].items() if name in self.places})

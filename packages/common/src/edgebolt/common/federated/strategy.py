@@ -372,16 +372,10 @@ class FederatedStrategy(SingleDeviceStrategy):
         visit = self._running.visit
         if visit is None:
             return closure()  # the idle batch
-        before = [{name: group[name] for name in visit.optimizer} for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group.update(visit.optimizer)
-        try:
+        with self._running.devices.group_values(visit, optimizer):
             if self._shortcuts.step:
                 return optimizer.step(closure=closure, **kwargs)
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        finally:
-            for group, values in zip(optimizer.param_groups, before, strict=True):
-                group.update(values)
 
     def on_validation_start(self) -> None:
         """Lightning also validates when it is told to stop in mid-round: show it the global model, not a client's."""
@@ -413,7 +407,8 @@ class FederatedStrategy(SingleDeviceStrategy):
             size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
             self._nominal = self._to_device(self._nominal_batch()), size
         every, forward = self.cost.sample_parts(module, *self._nominal, visit.settings)
-        samples = data.samples_in(visit.client, steps, visit.batch_size)
+        before, after = (data.samples_in(visit.client, n, visit.batch_size) for n in (visit.done, visit.done + steps))
+        samples = after - before
         return samples, every * samples, forward * samples
 
     # ------------------------------------------------------------------------------------------- checkpoints

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgebolt.common.communication import Message
+from edgebolt.common.devices import Cut
 
 __all__ = ["Closed", "Evaluation", "Outcome", "Update", "Visit"]
 
@@ -24,13 +25,15 @@ class Visit:
         batch_size: local batch size; ``None``: the batch size of the user's loader.
         optimizer: values for the optimizer's ``param_groups`` during this visit, such as ``{"lr": 0.01}``.
         settings: depth, ranks, rates, masks: read by the device half. Built-ins only.
-        cut: steps after which the device died (``steps``: the upload was lost). Drawn by the environment; nobody
-            sees it before the visit's :class:`Outcome`.
+        cut: where the device died. Drawn by the environment; nobody sees it before the visit's :class:`Outcome`.
         probe: steps that are run only to be timed: their work is thrown away, their time and energy count. This is
             how a server asks a device what it can do, at enrolment too.
+        base: round of the visit that this one goes on with, after it was interrupted; its batches and random numbers
+            are those that would have come next in that visit. None: a visit of its own.
+        done: steps that were done in that visit.
 
     Raises:
-        ValueError: if ``client``, ``steps``, ``batch_size`` or ``probe`` is out of range.
+        ValueError: if ``client``, ``steps``, ``batch_size``, ``probe``, ``base`` or ``done`` is out of range.
 
     Example::
 
@@ -46,8 +49,10 @@ class Visit:
     batch_size: int | None = None
     optimizer: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    cut: int | None = None
+    cut: Cut | None = None
     probe: int = 0
+    base: int | None = None
+    done: int = 0
 
     def __post_init__(self) -> None:
         if self.client < 0:
@@ -58,10 +63,29 @@ class Visit:
             raise ValueError(f"Visit(probe={self.probe!r}): time 0 or more steps.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"Visit(batch_size={self.batch_size!r}): use 1 or more, or None for the loader's own.")
+        if self.done < 0 or (self.base is None and self.done) or (self.base is not None and self.base < 0):
+            raise ValueError(
+                f"Visit(base={self.base!r}, done={self.done!r}): name the round of the visit to go on with and its "
+                "steps so far, or neither."
+            )
 
     def order(self) -> dict[str, Any]:
         """What the device is told: client, steps and every field that differs from its default; not the cut."""
         return {name: value for name, value in vars(self).items() if name != "cut" and value != _UNSAID.get(name)}
+
+    def origin(self, round: int) -> int:
+        """The round whose batches and random numbers the visit uses, if it takes place in ``round``."""
+        return round if self.base is None else self.base
+
+    def to_plain(self) -> dict[str, Any]:
+        """Built-ins only, for checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Visit:
+        """The inverse of :meth:`to_plain`."""
+        cut = plain["cut"]
+        return cls(**{**plain, "cut": None if cut is None else Cut(**cut)})
 
 
 _UNSAID = {name: value for name, value in vars(Visit(0, 0)).items() if name not in ("client", "steps")}
@@ -81,7 +105,7 @@ class Outcome:
         started, finished: simulated seconds since the start of the run.
         down_seconds, compute_seconds, up_seconds: the parts of that time.
         forward_seconds: what the forward passes took of the compute time.
-        down_bytes, up_bytes: encoded bytes.
+        down_bytes, up_bytes: encoded bytes; what had been sent when the device died.
         energy: joules spent by the device.
         waited: seconds between the end of the visit and the closing of its stage.
         report: what the device said in its upload.
@@ -116,7 +140,7 @@ class Outcome:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Outcome:
         """The inverse of :meth:`to_plain`."""
-        return cls(**{**plain, "visit": Visit(**plain["visit"])})
+        return cls(**{**plain, "visit": Visit.from_plain(plain["visit"])})
 
 
 @dataclass(frozen=True)
