@@ -9,9 +9,11 @@ from toys import Buffered, Clusters, Enrolled, Groups, Patience, Probed, Ranks, 
 
 from edgebolt.caesar import Caesar
 from edgebolt.caesar.baselines import CAC, STC, PyramidFL
-from edgebolt.common.devices import CostModel, Fleet
+from edgebolt.common.devices import CostModel, Fleet, Undependability
 from edgebolt.common.federated import Algorithm, FedAvg, FedProx, Sizes
 from edgebolt.common.lora import HetLoRA
+from edgebolt.flude import Fixed, Flude
+from edgebolt.flude.baselines import MIFA, SAFA, OortFedAvg
 from edgebolt.legend import Legend
 
 
@@ -42,6 +44,12 @@ class Row:
 def failing(rate=0.3):
     """Unequal devices, some of which die."""
     return Fleet.jetson(CLIENTS, seed=0, failure_rate=rate)
+
+
+def undependable():
+    """Groups that fail more or less often; some devices are offline."""
+    how = Undependability(rates=(0.2, 0.4, 0.6), online=(0.6, 0.9), online_period=2)
+    return {"fleet": Fleet.jetson(CLIENTS, seed=0).undependable(how)}
 
 
 def counted():
@@ -75,5 +83,10 @@ ALGORITHMS = {
     "cac": Row(lambda: CAC(min_numel=1), rounds=2),
     "pyramidfl": Row(lambda: PyramidFL(min_numel=1), rounds=2),
     "stc": Row(lambda: STC(min_numel=1)),
+    "flude": Row(lambda: Flude(grace=0.1), undependable, optimizer="adamw", rounds=4),
+    "flude, models merged": Row(lambda: Flude(threshold=Fixed(9), cache_every=2, merged="models"), undependable),
+    "oort, deadline": Row(OortFedAvg, undependable, rounds=2),
+    "safa": Row(lambda: SAFA(lag=2), undependable, rounds=3),
+    "mifa": Row(MIFA, undependable, rounds=2),
     "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet, rounds=2),
 }

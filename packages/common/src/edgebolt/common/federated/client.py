@@ -76,13 +76,13 @@ class KeepMoments(ClientCallback):
         state = trainer.optimizers[0].state
         for name, parameter in module.named_parameters():
             if name in kept:
-                state[parameter] = {key: _copy(value) for key, value in kept[name].items()}
+                state[parameter] = {key: copy_of(value) for key, value in kept[name].items()}
 
     def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
         """Keep the moments for the next visit."""
         state = trainer.optimizers[0].state
         device.memory["moments"] = {
-            name: {key: _copy(value) for key, value in state[parameter].items()}
+            name: {key: copy_of(value) for key, value in state[parameter].items()}
             for name, parameter in module.named_parameters()
             if parameter in state
         }
@@ -167,5 +167,6 @@ class ErrorFeedback(ClientCallback):
         return total
 
 
-def _copy(value: Any) -> Any:
+def copy_of(value: Any) -> Any:
+    """A tensor of its own, anything else as it is."""
     return value.clone() if isinstance(value, torch.Tensor) else value

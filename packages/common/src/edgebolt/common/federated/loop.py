@@ -109,6 +109,7 @@ class FederatedLoop:
         self.cuts = [self.fleet.cut(v.client, v.steps, self.server.round, v.stage) for v in self.visits]
         self.planned_steps = sum(map(self._needed, range(len(self.visits))))
         self._clip(limit(self.planned_steps))
+        self.devices.begin_round()
         self.steps = sum(map(self._needed, range(len(self.visits))))
         self.waiting = _queued(self.visits)
         self.outcomes, self.losses, self.running = [], [], True

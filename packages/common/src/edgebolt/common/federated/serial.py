@@ -12,7 +12,7 @@ import torch
 
 from edgebolt.common.communication import Message, Tensors
 from edgebolt.common.federated.algorithm import Algorithm
-from edgebolt.common.federated.client import ClientCallback
+from edgebolt.common.federated.client import ClientCallback, copy_of
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.visit import Visit
 from edgebolt.common.random import derive
@@ -57,6 +57,7 @@ class Serial:
         self.device: Device | None = None
         self.start: Tensors = {}
         self.parked: dict[str, Any] | None = None
+        self.groups: list[dict[str, Any]] = []
         self._step_seed = 0
         self._on_cuda = module.device.type == "cuda"
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -100,9 +101,17 @@ class Serial:
             for counter, value in self.counters.values():
                 counter.copy_(value)
 
+    def begin_round(self) -> None:
+        """Note the optimizer's groups: the last visits of a round are opened after its schedule has moved on."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        self.groups = [{name: copy_of(value) for name, value in g.items() if name != "params"} for g in groups]
+
     def _device_of(self, visit: Visit) -> Device:
         self.touched.add(visit.client)
         device = self.make_device(visit.client, self.memories.setdefault(visit.client, {}))
+        if not self.groups:  # the module asked for the round's length before it had an optimizer
+            self.begin_round()
+        device.groups = self.groups
         if visit.base is not None:
             device.round = visit.base  # it goes on with the random numbers of that round
         return device
@@ -237,13 +246,14 @@ class Serial:
             "initial": self.initial,
             "precision": self.precision,
             "start": self.start,
+            "groups": self.groups,
             "local": None if local is None else local["tensors"],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it once the optimizer's state is loaded."""
         self.memories, self.initial, self.start = state["memories"], state["initial"], state["start"]
-        self.precision = state["precision"]
+        self.precision, self.groups = state["precision"], state["groups"]
         self.device = None
         self.parked = None
         if state["local"] is not None:
