@@ -5,11 +5,11 @@ in which everybody trains, 30 rounds. Some 17 ms a step with all that belongs to
 Five methods by three levels of failures, with and without correlation with labels, by three seeds: 90 runs, and 4
 variants by both settings at the middle level: 98 runs, two and a half hours of one thread.
 
-Fixed before any two methods were compared: the fleet, the levels, all options of FLUDE (its defaults, but for the two
-that are in seconds and follow the deadline), and one deadline for all: three times the median expected time, which 98 %
-of the visits that do not fail would meet; 1.5 times, the inferred default, would shut out 28 % of them. The learning
-rate was chosen for FedAvg alone, at the middle level, on digits held out of the training split with a seed of their own
-(``python flude_run.py --learning-rate 0.1``).
+Fixed before any two methods were compared: the fleet, the levels, all options of FLUDE (its defaults, but for the
+closing, which follows the deadline), and one deadline for all: three times the median expected time, which 98 % of the
+visits that do not fail would meet; 1.5 times, the inferred default, would shut out 28 % of them. The learning rate was
+chosen for FedAvg alone, at the middle level, on digits held out of the training split with a seed of their own
+(``python flude_run.py --learning-rate 0.1``): 0.920, 0.951 and 0.952 with 0.1, 0.2 and 0.3.
 """
 
 import argparse

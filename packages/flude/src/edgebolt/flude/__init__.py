@@ -5,6 +5,7 @@ from edgebolt.flude.flude import Flude, FludeStrategy
 from edgebolt.flude.sessions import ResumeSessions, SessionCache
 from edgebolt.flude.staleness import StaleMean
 from edgebolt.flude.thresholds import AIMD, Fixed, Quantile, Threshold
+from edgebolt.flude.training_cache import TrainingCache
 
 __all__ = [
     "AIMD",
@@ -17,5 +18,6 @@ __all__ = [
     "SessionCache",
     "StaleMean",
     "Threshold",
+    "TrainingCache",
     "dependability",
 ]

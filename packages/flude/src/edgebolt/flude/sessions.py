@@ -50,7 +50,7 @@ class SessionCache(ClientCallback):
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r}: use a whole number of steps, 1 or more.")
         self.every = every
-        self._device: Device
+        self._device: Device | None = None
         self._visit: Visit
 
     def install(self, device: Device, visit: Visit, tensors: Tensors) -> Tensors:
@@ -95,18 +95,19 @@ class SessionCache(ClientCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the slot, if it is time."""
-        memory = self._device.memory
-        if "session" not in memory:
+        if self._device is None or not self._device.visiting or "session" not in self._device.memory:
             return
+        memory = self._device.memory
         memory["session_steps"] += 1
         if (
             memory["session_steps"] % self.every == 0
             or memory["session_steps"] == self._visit.done + self._visit.steps
         ):
-            self._write(trainer, pl_module)
+            self._write(trainer, pl_module, memory)
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        state, memory = trainer.optimizers[0].state, self._device.memory
+    @staticmethod
+    def _write(trainer: pl.Trainer, module: pl.LightningModule, memory: dict[str, Any]) -> None:
+        state = trainer.optimizers[0].state
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         memory["session"] = {
             **memory["session"],

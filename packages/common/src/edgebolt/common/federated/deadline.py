@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edgebolt.common.federated.server import Server
@@ -18,10 +19,10 @@ class Deadline:
     """A round ends at a deadline, or some time after enough updates have arrived.
 
     A part for ``Algorithm(closing=...)``. The deadline is ``slack`` times the median of the times that the cohort's
-    devices are expected to need, from their last measured links and speeds and the uncompressed model; as long as none
-    of them was measured there is none. A round in which all have ended, or have been seen to fail, closes at once in
-    any case. Source: common practice (Bonawitz et al. 2019; NVFlare closes some seconds after a minimum of results);
-    the numbers are assumed.
+    devices are expected to need, from their last measured links and speeds and their last messages' sizes; as long as
+    none of them was measured there is none. A round in which all have ended, or have been seen to fail, closes at once
+    in any case. Source: common practice (Bonawitz et al. 2019; NVFlare closes some seconds after a minimum of
+    results); the numbers are assumed.
 
     Args:
         slack: ``deadline = slack * median``; None: no deadline.
@@ -70,15 +71,23 @@ class Deadline:
                 closing = min(closing, arrived[enough - 1] + self.grace)
         return closing
 
+    def observe(self, server: Server, outcomes: list[Outcome]) -> None:
+        """Keep how large the messages were."""
+        for outcome in outcomes:
+            if outcome.delivered and (outcome.visit.steps or outcome.visit.base is not None):
+                server.record(outcome.visit.client, {"sent_bytes": outcome.up_bytes})
+                if outcome.visit.start is not None:
+                    server.record(outcome.visit.client, {"received_bytes": outcome.down_bytes})
+
     @staticmethod
     def expected_seconds(server: Server, outcomes: list[Outcome]) -> NDArray[np.float64]:
         """What the visits were expected to take, float64 ``[visits]``; NaN for devices that were never measured."""
-        reports = server.reports
-        model = float(sum(tensor.nbytes for tensor in server.models["global"].values()))
+        unknown = torch.full((server.population,), float("nan"))
+        names = ("step_seconds", "down_bps", "up_bps", "received_bytes", "sent_bytes")
         seconds = []
         for visit in (outcome.visit for outcome in outcomes):
-            step, down, up = (float(reports[n][visit.client]) for n in ("step_seconds", "down_bps", "up_bps"))
-            sent = model if visit.start is not None else 0.0
+            step, down, up, received, sent = (float(server.reports.get(n, unknown)[visit.client]) for n in names)
+            download = 8 * received / down if visit.start is not None else 0.0
             train = visit.steps * step if visit.steps else 0.0
-            seconds.append(8 * sent / down + train + 8 * model / up)
+            seconds.append(download + train + 8 * sent / up)
         return np.array(seconds)

@@ -30,6 +30,7 @@ class Device:
             built-ins only. Tensors in it are replaced, never written into.
         profile: effective speed, memory, power and links in this round.
         samples: number of training samples.
+        visiting: whether the visit is still open. Lightning's hooks also run in rounds in which nobody trains.
         groups: values of the optimizer's groups, a dict a group, as they were when the round began.
         optimizer: values for the optimizer's groups, a dict a group, that a callback sets in ``on_client_start`` for
             the visit; the order's own come on top. Empty: the groups as they are.
@@ -49,6 +50,7 @@ class Device:
     ) -> None:
         self.id, self.memory, self.samples, self.profile = id, memory, samples, profile
         self.round = round
+        self.visiting = True
         self.groups: list[dict[str, Any]] = []
         self.optimizer: list[dict[str, Any]] = []
         self._loader, self._to_device, self._seed = loader, to_device, seed

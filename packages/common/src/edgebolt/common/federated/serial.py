@@ -198,6 +198,7 @@ class Serial:
             message = codec.encode(update).with_header(client=visit.client, report=report)
         if self.trainer.optimizers:
             self.trainer.optimizers[0].state.clear()
+        self.device.visiting = False
         self.device, self.start = None, {}
         return message
 

@@ -123,7 +123,7 @@ class SAFA(Algorithm):
         total = float(samples.sum())
         merged = {}
         for name, tensor in server.models["global"].items():
-            # The release begins with everybody at the first model; who was never heard stands for the present one here.
+            # The release begins with everybody at the first model; here who is unheard stands for the present one.
             change = torch.zeros_like(tensor)
             for client in sorted(cache):
                 change.add_(cache[client][name] - tensor, alpha=float(samples[client]) / total)

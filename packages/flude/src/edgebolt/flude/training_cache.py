@@ -1,0 +1,243 @@
+"""For any Trainer: a run that is killed and started again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from edgebolt.common.federated.round_loader import RoundLoader
+from edgebolt.flude.resumable_loader import ResumableLoader
+from edgebolt.flude.snapshot_file import read_snapshot, write_snapshot
+
+__all__ = ["TrainingCache"]
+
+_KEY = "edgebolt.training_cache"
+_NOT_NEEDED = ("hyper_parameters", "hparams_name", "hparams_type")
+
+
+class TrainingCache(OnExceptionCheckpoint):
+    """Keeps one snapshot of the training up to date; the same job, started again, goes on from it by itself.
+
+    Killed at any instant (SIGKILL, power cut) and started again with the same script, a run ends bit for bit as the
+    uninterrupted one: weights, moments, schedules, callbacks, shuffling, dropout. A snapshot is one safetensors file
+    with a JSON header, no pickle, that replaces the former one atomically. It is FLUDE's rolling cache (arXiv
+    2412.19991) for a device that is its own master.
+
+    Started again after it has ended, a job ends at once with the same weights; delete the folder to train anew. With
+    more epochs than before it goes on. A job that has changed is refused: another model, other optimizers or their
+    settings, a loader of another length, other samples.
+
+    It is one of Lightning's ``Checkpoint`` callbacks: with ``Trainer(enable_checkpointing=False)`` Lightning refuses
+    it, and beside it Lightning adds no ``ModelCheckpoint`` of its own. A path that is given to ``fit(ckpt_path=...)``
+    comes before the snapshot, but for files called ``last``, which are older.
+
+    What Lightning keeps in no checkpoint is lost here too: running means of ``self.log(..., on_epoch=True)`` and the
+    states of metrics in the epoch under way. One process; datasets that draw from generators of their own cannot be
+    repeated, and are noticed by their batches.
+
+    Args:
+        folder: where the snapshot lies, one folder a job.
+        every_n_steps: optimizer steps between two snapshots; after a kill, as many at most are trained again.
+        job: what else must not change, such as your own settings; numbers, texts, and dicts and lists of them.
+
+    Raises:
+        ValueError: for ``every_n_steps`` below 1; when ``fit`` begins, for a changed job.
+        TypeError: if the state of a module or a callback is not made of tensors and built-ins.
+
+    Example::
+
+        >>> import lightning as L
+        >>> cache = TrainingCache("runs/digits", every_n_steps=20)
+        >>> trainer = L.Trainer(max_epochs=3, callbacks=[cache], accelerator="cpu", logger=False)
+    """
+
+    FILE_EXTENSION = ".safetensors"
+    best_model_path = ""  # `trainer.test(ckpt_path="best")` asks the first Checkpoint for it
+
+    def __init__(self, folder: str | os.PathLike[str], every_n_steps: int = 50, job: Any = None) -> None:
+        if type(every_n_steps) is not int or every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps!r}: use a whole number of optimizer steps, 1 or more.")
+        super().__init__(Path(folder).resolve(), "snapshot")
+        self.every_n_steps, self.job = every_n_steps, job
+        self.path = Path(self.ckpt_path)
+        self.restored_step: int | None = None
+        self._loaders: list[ResumableLoader] = []
+        self._restored: dict[str, Any] | None = None
+        self._optimizers: list[Any] = []
+        self._saved_at = -1
+        self._process: Any = None
+        self._io: CheckpointIO | None = None
+        # Lightning looks for this callback's file as it does for one that it wrote on an exception, and says so.
+        warnings.filterwarnings("ignore", r".*was called without a model\. The last model of the previous `fit`")
+        warnings.filterwarnings("ignore", r".*is set, but there is no last checkpoint available")
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stand between the Trainer and its files, and between it and its training loaders."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(f"TrainingCache serves one process and there are {trainer.world_size}: use devices=1.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._loaders, self._restored, self._saved_at, self.restored_step = [], None, -1, None
+        strategy: Any = trainer.strategy
+        self._io = strategy.checkpoint_io
+        strategy.checkpoint_io = _SnapshotIO(strategy.checkpoint_io, self, trainer)
+        self._process = strategy.process_dataloader
+        strategy.process_dataloader = lambda loader: self._wrapped(trainer, self._process(loader))
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.remove(self)
+        callbacks.append(self)  # so that `trainer.checkpoint_callback` is the user's, if there is one
+
+    def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Give the strategy its own back. The snapshot stays."""
+        if self._io is not None:
+            strategy: Any = trainer.strategy
+            strategy.checkpoint_io, self._io = self._io, None
+            vars(strategy).pop("process_dataloader", None)
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Nothing: the last snapshot was whole, this instant may not be."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the optimizers, which are new as yet."""
+        self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
+        if self._restored is not None:
+            self._check("optimizers", self._optimizers)
+            if self._restored["stopped"]:
+                trainer.should_stop = True
+            rank_zero_info(f"TrainingCache: going on from step {self.restored_step}, {self.path}")
+
+    def _wrapped(self, trainer: pl.Trainer, loader: Any) -> Any:
+        if not trainer.training or isinstance(loader, RoundLoader):
+            return loader
+        if not hasattr(loader, "__len__") or (hasattr(loader, "state_dict") and not isinstance(loader, DataLoader)):
+            raise ValueError(
+                f"TrainingCache cannot come back to a place in a {type(loader).__name__}: use a DataLoader with a "
+                "length."
+            )
+        places = [] if self._restored is None else self._restored["places"]
+        place = places[len(self._loaders)] if len(self._loaders) < len(places) else None
+        cuda = trainer.strategy.root_device.type == "cuda"
+        wrapped = ResumableLoader(loader, lambda: self._due(trainer), place, cuda)
+        if self._restored is not None and len(self._loaders) < len(self._restored["lengths"]):
+            self._check("lengths", len(loader), len(self._loaders))
+        self._loaders.append(wrapped)
+        return wrapped
+
+    def _check(self, name: str, here: Any, index: int | None = None) -> None:
+        assert self._restored is not None
+        there = self._restored[name] if index is None else self._restored[name][index]
+        if there != here:
+            what = {"lengths": "batches of the training loader", "job": "job=", "module": "module and its tensors"}
+            raise ValueError(
+                f"The snapshot in {self.path.parent} belongs to another job: {what.get(name, name)} there {there!r}, "
+                f"here {here!r}. Put it back as it was, give this job a folder of its own, or delete that one to "
+                "begin anew."
+            )
+
+    # ------------------------------------------------------------------------------------------- snapshots
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_at
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a snapshot between two steps, when all that follows the former one is done, validation too."""
+        if self._due(trainer) and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._save(trainer, ended=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last one: the job has ended."""
+        self._save(trainer, ended=True)
+
+    def _save(self, trainer: pl.Trainer, ended: bool) -> None:
+        self._ended = ended
+        trainer.save_checkpoint(self.path)
+        self._saved_at = trainer.global_step
+
+    def packed(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint with what it lacks: places in the loaders, random states, what the job is."""
+        state = {key: value for key, value in checkpoint.items() if not key.endswith(_NOT_NEEDED)}
+        in_epoch = not trainer.is_last_batch or not self._ended
+        state[_KEY] = {
+            "places": [loader.place(self._ended) for loader in self._loaders] if in_epoch else [],
+            "lengths": [len(loader) for loader in self._loaders],
+            "module": _described_module(trainer.lightning_module),
+            "optimizers": self._optimizers,
+            "job": self.job,
+            "step": trainer.global_step,
+            "stopped": bool(self._ended and trainer.should_stop),
+        }
+        if not self._ended:
+            _before_this_batch(state["loops"]["fit_loop"])
+        return state
+
+    def restored(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint of a snapshot, once it is known to be this job's."""
+        self._restored = state.pop(_KEY)
+        self.restored_step = self._restored["step"]
+        self._check("module", _described_module(trainer.lightning_module))
+        self._check("job", self.job)
+        return state
+
+
+class _SnapshotIO(CheckpointIO):
+    """Writes and reads the snapshot; other files go through the Trainer's own."""
+
+    def __init__(self, inner: CheckpointIO, cache: TrainingCache, trainer: pl.Trainer) -> None:
+        self.inner, self.cache, self.trainer = inner, cache, trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if Path(path) == self.cache.path:
+            write_snapshot(self.cache.path, self.cache.packed(self.trainer, checkpoint))
+        else:
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path) == self.cache.path or (Path(path).stem.startswith("last") and self.cache.path.exists()):
+            return self.cache.restored(self.trainer, read_snapshot(self.cache.path))
+        return self.inner.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+
+
+def _before_this_batch(fit_loop: dict[str, Any]) -> None:
+    """Lightning's counters as they were before the batch that was drawn: it is drawn again.
+
+    They are a file format rather than an interface; the tests resume from every step. ``started`` one too high says
+    that a restart has nothing to make up for: neither a validation nor the end of an epoch.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    for tracker in ("current", "total"):
+        batches[tracker] = dict.fromkeys(batches[tracker], batches[tracker]["completed"])
+    batches["total"]["started"] += 1
+    batches["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning adds it at the restart
+
+
+def _described_module(module: pl.LightningModule) -> dict[str, str]:
+    lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in module.state_dict().items()]
+    shape = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return {"class": type(module).__qualname__, "tensors": f"{len(lines)}, sha256 {shape}"}
+
+
+def _described(optimizer: Any) -> dict[str, Any]:
+    plain = (str, int, float, bool, tuple)
+    groups = [{k: v for k, v in group.items() if isinstance(v, plain)} for group in optimizer.param_groups]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return {"class": type(optimizer).__qualname__, "groups": groups, "sizes": sizes}
