@@ -31,11 +31,12 @@ class RandomStates:
     def read(self) -> dict[str, Any]:
         """The states: tensors and built-ins."""
         kind, keys, *rest = np.random.get_state(legacy=True)
+        version, words, gauss = random.getstate()
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if self.cuda else [],
             "numpy": (str(kind), np.array(keys), *rest),
-            "python": random.getstate(),
+            "python": (version, np.array(words), gauss),  # as an array: 625 numbers one by one take milliseconds
             "generators": [generator.get_state() for generator in self.generators],
         }
 
@@ -45,7 +46,8 @@ class RandomStates:
         if states["cuda"]:
             torch.cuda.set_rng_state_all(states["cuda"])
         np.random.set_state(states["numpy"])
-        random.setstate(states["python"])
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
         for generator, state in zip(self.generators, states["generators"], strict=True):
             generator.set_state(state)
 

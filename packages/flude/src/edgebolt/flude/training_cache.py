@@ -97,9 +97,11 @@ class TrainingCache(OnExceptionCheckpoint):
         strategy.checkpoint_io = _SnapshotIO(strategy.checkpoint_io, self, trainer)
         self._process = strategy.process_dataloader
         strategy.process_dataloader = lambda loader: self._wrapped(trainer, self._process(loader))
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.remove(self)
-        callbacks.append(self)  # so that `trainer.checkpoint_callback` is the user's, if there is one
+        holder: Any = trainer  # another list: Lightning is going through the present one
+        holder.callbacks = [
+            *(c for c in holder.callbacks if c is not self),
+            self,
+        ]  # `checkpoint_callback` is the user's
 
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Give the strategy its own back. The snapshot stays."""
