@@ -1,5 +1,6 @@
 """The table of algorithms that the contract suite runs over: a new algorithm joins by a row."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from edgebolt.common.lora import HetLoRA
 from edgebolt.flude import Fixed, Flude
 from edgebolt.flude.baselines import MIFA, SAFA, OortFedAvg
 from edgebolt.legend import Legend
+from monorepo import ROOT
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,23 @@ def counted():
     return {"fleet": Fleet.jetson(CLIENTS, seed=0, failure_rate=0.1, speed=1e-4), "cost": CostModel()}
 
 
+def mixed():
+    """Costs are counted, and devices fail."""
+    how = Undependability(rates=(0.3, 0.5), online=None)
+    fleet = Fleet.jetson(CLIENTS, seed=0, speed=1e-4).undependable(how)
+    return {"fleet": fleet, "cost": CostModel(), "per_round": 4}
+
+
+def composed():
+    """The algorithm of examples/compose.py."""
+    sys.path.append(str(ROOT / "examples"))
+    try:
+        from compose import Composed
+    finally:
+        sys.path.pop()
+    return Composed()
+
+
 def lost(at_share):
     return lambda: {"fleet": blackout(CLIENTS, at_share)}
 
@@ -88,5 +107,6 @@ ALGORITHMS = {
     "oort, deadline": Row(OortFedAvg, undependable, rounds=2),
     "safa": Row(lambda: SAFA(lag=2), undependable, rounds=3),
     "mifa": Row(MIFA, undependable, rounds=2),
+    "flude, legend and caesar": Row(composed, mixed, optimizer="adamw", module=LoraNet),
     "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet, rounds=2),
 }

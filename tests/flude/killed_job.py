@@ -61,7 +61,8 @@ class Net(L.LightningModule):
         self.log("val_loss", self.loss(batch))
 
     def on_validation_epoch_end(self):
-        self.seen.append(float(self.trainer.callback_metrics.get("val_loss", -1.0)))
+        if not self.trainer.sanity_checking:
+            self.seen.append(float(self.trainer.callback_metrics["val_loss"]))
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["seen"] = self.seen
@@ -141,7 +142,7 @@ def fit(folder, every=1, epochs=EPOCHS, kill=None, torn=None, seed=1, width=12, 
         "moments": repr([sorted(s.items()) for s in trainer.optimizers[0].state.values()]),
         "rates": [group["lr"] for group in trainer.optimizers[0].param_groups],
         "stopper": repr([c.state_dict() for c in trainer.callbacks if isinstance(c, EarlyStopping)]),
-        "best": [os.path.basename(c.best_model_path) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)],
+        "best": [float(c.best_model_score) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)],
         "steps": [trainer.global_step, trainer.current_epoch],
     }
     parts = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for name, part in state.items()}

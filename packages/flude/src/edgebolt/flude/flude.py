@@ -40,7 +40,7 @@ class Flude(Algorithm):
                           :class:`~edgebolt.flude.Quantile` or :class:`~edgebolt.flude.Fixed`
     aggregation           :class:`~edgebolt.flude.StaleMean`
     end of a round        :class:`~edgebolt.common.federated.Deadline`: all have ended, or 80 % of the expected
-                          updates and ``grace`` seconds, or ``slack`` times the median expected time
+                          updates and ``grace`` seconds, or three times the median expected time
     ====================  ==================================================================================
 
     Args:
@@ -49,7 +49,7 @@ class Flude(Algorithm):
         cache_every: steps between two writes of the cache.
         prior: ``(α_0, β_0)`` of dependability.
         exponent, weights, merged: of the aggregation.
-        closing: when a round ends; default ``Deadline(slack=1.5, arrivals=0.8, grace)`` with dependability as chance.
+        closing: when a round ends; default ``Deadline(arrivals=0.8, grace=grace)`` with dependability as chance.
         grace: seconds that a round goes on once enough updates have come.
         down, up: codecs.
 
@@ -88,7 +88,7 @@ class Flude(Algorithm):
             down=down,
             up=up,
             callbacks=[ReportLoss(), SessionCache(cache_every)],
-            closing=Deadline(1.5, 0.8, grace, chance=self.chance) if closing is None else closing,
+            closing=Deadline(arrivals=0.8, grace=grace, chance=self.chance) if closing is None else closing,
         )
 
     def chance(self, server: Server) -> Any:

@@ -13,7 +13,7 @@ class ImpatientFedAvg(Algorithm):
     Source: McMahan et al. 2017; the deadline is common practice.
 
     Args:
-        closing: when a round ends; default ``Deadline(1.5)``.
+        closing: when a round ends; default ``Deadline()``.
 
     Example::
 
@@ -33,7 +33,7 @@ class OortFedAvg(Algorithm):
     chosen and never delivered counts as one that was never seen.
 
     Args:
-        closing: when a round ends; default ``Deadline(1.5)``.
+        closing: when a round ends; default ``Deadline()``.
         selector: default ``Oort()``.
 
     Example::

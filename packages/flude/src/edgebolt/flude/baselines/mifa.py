@@ -52,7 +52,7 @@ class MIFA(Algorithm):
     Source: see :class:`MemorizedMean`. The cohort is uniform among those online; a round ends at a deadline.
 
     Args:
-        closing: when a round ends; default ``Deadline(1.5)``.
+        closing: when a round ends; default ``Deadline()``.
 
     Example::
 

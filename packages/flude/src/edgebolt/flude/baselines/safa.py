@@ -60,7 +60,7 @@ class SAFA(Algorithm):
     Args:
         lag: rounds; 5 as remembered (the release's default is 1).
         quota: share of the devices that is picked in a round.
-        closing: when a round ends that has not reached its quota; default ``Deadline(1.5)``.
+        closing: when a round ends that has not reached its quota; default ``Deadline()``.
 
     Raises:
         ValueError: for arguments that are out of range.
