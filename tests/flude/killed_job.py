@@ -20,7 +20,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from edgebolt.flude import TrainingCache, snapshot_file
+from edgebolt.common.devices import Fleet
+from edgebolt.common.federated import IID, FederatedStrategy
+from edgebolt.flude import Flude, TrainingCache, snapshot_file
 
 EPOCHS, BATCHES = 3, 5
 
@@ -116,7 +118,8 @@ def tear(how, at):
 
 
 def fit(folder, every=1, epochs=EPOCHS, kill=None, torn=None, seed=1, width=12, weight_decay=0.01, batch_size=4,
-        accumulate=1, workers=0, interval=1.0, job=None, more=True, max_steps=-1, cached=True):  # fmt: skip
+        accumulate=1, workers=0, interval=1.0, job=None, more=True, max_steps=-1, cached=True,
+        federated=False):  # fmt: skip
     """One fit; returns all that it came to."""
     L.seed_everything(7, verbose=False)
     module = Net(width, weight_decay)
@@ -130,12 +133,17 @@ def fit(folder, every=1, epochs=EPOCHS, kill=None, torn=None, seed=1, width=12, 
         callbacks.append(Kill(*kill))
     if torn:
         tear(*torn)
+    strategy = "auto"
+    if federated:
+        fleet = Fleet.jetson(3, failure_rate=0.3)
+        strategy = FederatedStrategy(Flude(grace=0.1), IID(3), local_steps=2, fleet=fleet)
     trainer = L.Trainer(
-        max_epochs=epochs, max_steps=max_steps, callbacks=callbacks, accelerator="cpu", logger=False,
+        strategy=strategy, max_epochs=epochs, max_steps=max_steps, callbacks=callbacks, accelerator="cpu",
+        logger=False,
         accumulate_grad_batches=accumulate, val_check_interval=interval, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=bool(callbacks),
     )  # fmt: skip
-    loader = DataLoader(Noisy(seed), batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(Noisy(seed), batch_size, shuffle=True, num_workers=workers, drop_last=not federated)
     trainer.fit(module, loader, DataLoader(Noisy(2, 8), 8))
     state = {
         "weights": {name: tensor.tolist() for name, tensor in module.state_dict().items()},

@@ -47,8 +47,16 @@ def assert_as_if_nothing_had_happened(results, killed=True, every=1):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"every": 3}, {"interval": 0.5}, {"accumulate": 2}, {"workers": 2, "every": 2}, {"max_steps": STEPS}],
-    ids=["every step", "every third", "validation in mid-epoch", "accumulated", "workers", "max_steps"],
+    [
+        {},
+        {"every": 3},
+        {"interval": 0.5},
+        {"accumulate": 2},
+        {"workers": 2, "every": 2},
+        {"max_steps": STEPS},
+        {"federated": True, "every": 2, "epochs": 4},
+    ],
+    ids=["every step", "every third", "validation in mid-epoch", "accumulated", "workers", "max_steps", "federated"],
 )
 def test_killed_at_every_step(run, options, tmp_path):
     hook = "on_before_zero_grad" if "accumulate" in options else "on_before_optimizer_step"

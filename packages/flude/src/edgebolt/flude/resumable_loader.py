@@ -127,8 +127,7 @@ class ResumableLoader:
         return batch
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
-        if place["begun"] is not None:
-            self._states.write(place["begun"])
+        self._states.write(place["begun"])
         self._begun = place["begun"]
         self._iterator = iter(self.loader)
         if place["drawn"]:
@@ -137,25 +136,23 @@ class ResumableLoader:
             for _ in range(place["drawn"]):
                 next(self._iterator)
         self._drawn = place["drawn"]
-        self._states.write(place["now"])
+        if place["now"] is not None:
+            self._states.write(place["now"])
 
-    def place(self, ended: bool = False) -> dict[str, Any]:
-        """Where the loader was before the batch that it has drawn last, which must have been due.
-
-        Args:
-            ended: instead: where it is now, all drawn batches being trained.
-        """
-        now = self._states.read() if ended else self._now
-        if now is None:
+    def place(self) -> dict[str, Any]:
+        """Where the loader was before the batch that it has drawn last, which must have been due."""
+        if self._now is None:
             raise RuntimeError("this place was not due")
-        drawn = self._drawn - (not ended)
-        return {
-            "begun": self._begun,
-            "first": self._first if drawn else None,
-            "now": now,
-            "drawn": drawn,
-            "digest": "" if ended else self._digest,
-        }
+        drawn = self._drawn - 1
+        first = self._first if drawn else None
+        return {"begun": self._begun, "first": first, "now": self._now, "drawn": drawn, "digest": self._digest}
+
+    def place_after(self, epoch_is_over: bool) -> dict[str, Any]:
+        """Where the loader is now, when all that it has drawn is trained."""
+        now = self._states.read()
+        if epoch_is_over:
+            return {"begun": now, "first": None, "now": None, "drawn": 0, "digest": ""}
+        return {"begun": self._begun, "first": self._first, "now": now, "drawn": self._drawn, "digest": ""}
 
 
 def digest(batch: Any) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from edgebolt.common.federated.round_loader import RoundLoader
-from edgebolt.flude.resumable_loader import ResumableLoader
+from edgebolt.flude.resumable_loader import RandomStates, ResumableLoader
 from edgebolt.flude.snapshot_file import read_snapshot, write_snapshot
 
 __all__ = ["TrainingCache"]
@@ -74,6 +74,7 @@ class TrainingCache(OnExceptionCheckpoint):
         self.restored_step: int | None = None
         self._loaders: list[ResumableLoader] = []
         self._restored: dict[str, Any] | None = None
+        self._random: dict[str, Any] | None = None  # states that the first step after a restart begins with
         self._optimizers: list[Any] = []
         self._saved_at = -1
         self._process: Any = None
@@ -92,6 +93,7 @@ class TrainingCache(OnExceptionCheckpoint):
             raise ValueError(f"TrainingCache serves one process and there are {trainer.world_size}: use devices=1.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._loaders, self._restored, self._saved_at, self.restored_step = [], None, -1, None
+        self._random = None
         strategy: Any = trainer.strategy
         self._io = strategy.checkpoint_io
         strategy.checkpoint_io = _SnapshotIO(strategy.checkpoint_io, self, trainer)
@@ -132,8 +134,7 @@ class TrainingCache(OnExceptionCheckpoint):
             )
         places = [] if self._restored is None else self._restored["places"]
         place = places[len(self._loaders)] if len(self._loaders) < len(places) else None
-        cuda = trainer.strategy.root_device.type == "cuda"
-        wrapped = ResumableLoader(loader, lambda: self._due(trainer), place, cuda)
+        wrapped = ResumableLoader(loader, lambda: self._due(trainer), place, self._states(trainer).cuda)
         if self._restored is not None and len(self._loaders) < len(self._restored["lengths"]):
             self._check("lengths", len(loader), len(self._loaders))
         self._loaders.append(wrapped)
@@ -159,12 +160,19 @@ class TrainingCache(OnExceptionCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Take a snapshot between two steps, when all that follows the former one is done, validation too."""
+        if self._random is not None:
+            self._states(trainer).write(self._random)
+            self._random = None
         if self._due(trainer) and batch_idx % trainer.accumulate_grad_batches == 0:
             self._save(trainer, ended=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last one: the job has ended."""
         self._save(trainer, ended=True)
+
+    @staticmethod
+    def _states(trainer: pl.Trainer) -> RandomStates:
+        return RandomStates(cuda=trainer.strategy.root_device.type == "cuda")
 
     def _save(self, trainer: pl.Trainer, ended: bool) -> None:
         self._ended = ended
@@ -174,15 +182,16 @@ class TrainingCache(OnExceptionCheckpoint):
     def packed(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with what it lacks: places in the loaders, random states, what the job is."""
         state = {key: value for key, value in checkpoint.items() if not key.endswith(_NOT_NEEDED)}
-        in_epoch = not trainer.is_last_batch or not self._ended
+        over = trainer.is_last_batch
         state[_KEY] = {
-            "places": [loader.place(self._ended) for loader in self._loaders] if in_epoch else [],
+            "places": [loader.place_after(over) if self._ended else loader.place() for loader in self._loaders],
             "lengths": [len(loader) for loader in self._loaders],
             "module": _described_module(trainer.lightning_module),
             "optimizers": self._optimizers,
             "job": self.job,
             "step": trainer.global_step,
             "stopped": bool(self._ended and trainer.should_stop),
+            "random": None if self._ended else self._states(trainer).read(),
         }
         if not self._ended:
             _before_this_batch(state["loops"]["fit_loop"])
@@ -191,7 +200,7 @@ class TrainingCache(OnExceptionCheckpoint):
     def restored(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint of a snapshot, once it is known to be this job's."""
         self._restored = state.pop(_KEY)
-        self.restored_step = self._restored["step"]
+        self.restored_step, self._random = self._restored["step"], self._restored["random"]
         self._check("module", _described_module(trainer.lightning_module))
         self._check("job", self.job)
         return state

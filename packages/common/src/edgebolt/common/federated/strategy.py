@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -397,7 +398,8 @@ class FederatedStrategy(SingleDeviceStrategy):
 
     def _nominal_batch(self) -> Any:
         """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
-        return next(iter(self._client_data.loader(0)))
+        with isolate_rng():  # a resumed run draws it once more
+            return next(iter(self._client_data.loader(0)))
 
     def _visit_cost(self, visit: Visit, steps: int) -> tuple[int, float, float]:
         """Samples in a visit's steps, FLOPs of these (a sample's at the nominal shape) and of their forward passes."""
