@@ -57,7 +57,7 @@ class Net(L.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def training_step(self, batch, batch_idx):
-        return self.loss(batch)
+        return sum(map(self.loss, batch.values())) if isinstance(batch, dict) else self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.loss(batch))
@@ -119,7 +119,7 @@ def tear(how, at):
 
 def fit(folder, every=1, epochs=EPOCHS, kill=None, torn=None, seed=1, width=12, weight_decay=0.01, batch_size=4,
         accumulate=1, workers=0, interval=1.0, job=None, more=True, max_steps=-1, cached=True,
-        federated=False):  # fmt: skip
+        federated=False, reload=0, pair=False):  # fmt: skip
     """One fit; returns all that it came to."""
     L.seed_everything(7, verbose=False)
     module = Net(width, weight_decay)
@@ -139,11 +139,13 @@ def fit(folder, every=1, epochs=EPOCHS, kill=None, torn=None, seed=1, width=12, 
         strategy = FederatedStrategy(Flude(grace=0.1), IID(3), local_steps=2, fleet=fleet)
     trainer = L.Trainer(
         strategy=strategy, max_epochs=epochs, max_steps=max_steps, callbacks=callbacks, accelerator="cpu",
-        logger=False,
+        logger=False, reload_dataloaders_every_n_epochs=reload,
         accumulate_grad_batches=accumulate, val_check_interval=interval, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=bool(callbacks),
     )  # fmt: skip
     loader = DataLoader(Noisy(seed), batch_size, shuffle=True, num_workers=workers, drop_last=not federated)
+    if pair:
+        loader = {"first": loader, "second": DataLoader(Noisy(9, 8), 4, shuffle=True)}  # a shorter one: begun anew
     trainer.fit(module, loader, DataLoader(Noisy(2, 8), 8))
     state = {
         "weights": {name: tensor.tolist() for name, tensor in module.state_dict().items()},

@@ -55,8 +55,20 @@ def assert_as_if_nothing_had_happened(results, killed=True, every=1):
         {"workers": 2, "every": 2},
         {"max_steps": STEPS},
         {"federated": True, "every": 2, "epochs": 4},
+        {"reload": 1},
+        {"pair": True},
     ],
-    ids=["every step", "every third", "validation in mid-epoch", "accumulated", "workers", "max_steps", "federated"],
+    ids=[
+        "every step",
+        "every third",
+        "validation in mid-epoch",
+        "accumulated",
+        "workers",
+        "max_steps",
+        "federated",
+        "loaders made anew",
+        "two loaders",
+    ],
 )
 def test_killed_at_every_step(run, options, tmp_path):
     hook = "on_before_zero_grad" if "accumulate" in options else "on_before_optimizer_step"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 from lightning.pytorch.strategies import StrategyRegistry
+from numpy.typing import NDArray
 
 from edgebolt.common.communication import Codec
 from edgebolt.common.federated import (
@@ -91,7 +93,7 @@ class Flude(Algorithm):
             closing=Deadline(arrivals=0.8, grace=grace, chance=self.chance) if closing is None else closing,
         )
 
-    def chance(self, server: Server) -> Any:
+    def chance(self, server: Server) -> NDArray[np.float64]:
         """``R_i`` of every device."""
         return dependability(server, self.prior)
 

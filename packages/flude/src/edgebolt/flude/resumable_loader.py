@@ -145,14 +145,16 @@ class ResumableLoader:
             raise RuntimeError("this place was not due")
         drawn = self._drawn - 1
         first = self._first if drawn else None
-        return {"begun": self._begun, "first": first, "now": self._now, "drawn": drawn, "digest": self._digest}
+        place = {"begun": self._begun, "first": first, "now": self._now, "drawn": drawn, "digest": self._digest}
+        return {**place, "length": len(self)}
 
     def place_after(self, epoch_is_over: bool) -> dict[str, Any]:
         """Where the loader is now, when all that it has drawn is trained."""
         now = self._states.read()
+        about = {"length": len(self), "digest": ""}
         if epoch_is_over:
-            return {"begun": now, "first": None, "now": None, "drawn": 0, "digest": ""}
-        return {"begun": self._begun, "first": self._first, "now": now, "drawn": self._drawn, "digest": ""}
+            return {"begun": now, "first": None, "now": None, "drawn": 0, **about}
+        return {"begun": self._begun, "first": self._first, "now": now, "drawn": self._drawn, **about}
 
 
 def digest(batch: Any) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
@@ -72,13 +72,11 @@ class TrainingCache(OnExceptionCheckpoint):
         self.every_n_steps, self.job = every_n_steps, job
         self.path = Path(self.ckpt_path)
         self.restored_step: int | None = None
-        self._loaders: list[ResumableLoader] = []
+        self._places: list[Any] = []  # of a snapshot, until there are loaders to take them
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None  # states that the first step after a restart begins with
         self._optimizers: list[Any] = []
         self._saved_at = -1
-        self._process: Any = None
-        self._io: CheckpointIO | None = None
         # Lightning looks for this callback's file as it does for one that it wrote on an exception, and says so.
         warnings.filterwarnings("ignore", r".*was called without a model\. The last model of the previous `fit`")
         warnings.filterwarnings("ignore", r".*is set, but there is no last checkpoint available")
@@ -87,29 +85,25 @@ class TrainingCache(OnExceptionCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stand between the Trainer and its files, and between it and its training loaders."""
+        self.teardown(trainer)  # an exception may have left the last fit without one
+        strategy, holder = cast(Any, trainer.strategy), cast(Any, trainer)
+        strategy.checkpoint_io = _SnapshotIO(strategy.checkpoint_io, self, trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.world_size > 1:
             raise ValueError(f"TrainingCache serves one process and there are {trainer.world_size}: use devices=1.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._loaders, self._restored, self._saved_at, self.restored_step = [], None, -1, None
-        self._random = None
-        strategy: Any = trainer.strategy
-        self._io = strategy.checkpoint_io
-        strategy.checkpoint_io = _SnapshotIO(strategy.checkpoint_io, self, trainer)
-        self._process = strategy.process_dataloader
-        strategy.process_dataloader = lambda loader: self._wrapped(trainer, self._process(loader))
-        holder: Any = trainer  # another list: Lightning is going through the present one
-        holder.callbacks = [
-            *(c for c in holder.callbacks if c is not self),
-            self,
-        ]  # `checkpoint_callback` is the user's
+        self._places, self._restored, self._random, self._saved_at, self.restored_step = [], None, None, -1, None
+        process = strategy.process_dataloader
+        strategy.process_dataloader = lambda loader: self._wrapped(trainer, process(loader))
+        # The user's first, so that `trainer.checkpoint_callback` is theirs; a new list: Lightning walks the old one.
+        holder.callbacks = [*(callback for callback in holder.callbacks if callback is not self), self]
 
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Give the strategy its own back. The snapshot stays."""
-        if self._io is not None:
-            strategy: Any = trainer.strategy
-            strategy.checkpoint_io, self._io = self._io, None
+        strategy: Any = trainer.strategy
+        if isinstance(strategy.checkpoint_io, _SnapshotIO):
+            strategy.checkpoint_io = strategy.checkpoint_io.inner
             vars(strategy).pop("process_dataloader", None)
 
     def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
@@ -119,7 +113,7 @@ class TrainingCache(OnExceptionCheckpoint):
         """Compare the optimizers, which are new as yet."""
         self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
         if self._restored is not None:
-            self._check("optimizers", self._optimizers)
+            self._check("optimizers", self._optimizers, self._restored["optimizers"])
             if self._restored["stopped"]:
                 trainer.should_stop = True
             rank_zero_info(f"TrainingCache: going on from step {self.restored_step}, {self.path}")
@@ -132,17 +126,12 @@ class TrainingCache(OnExceptionCheckpoint):
                 f"TrainingCache cannot come back to a place in a {type(loader).__name__}: use a DataLoader with a "
                 "length."
             )
-        places = [] if self._restored is None else self._restored["places"]
-        place = places[len(self._loaders)] if len(self._loaders) < len(places) else None
-        wrapped = ResumableLoader(loader, lambda: self._due(trainer), place, self._states(trainer).cuda)
-        if self._restored is not None and len(self._loaders) < len(self._restored["lengths"]):
-            self._check("lengths", len(loader), len(self._loaders))
-        self._loaders.append(wrapped)
-        return wrapped
+        place = self._places.pop(0) if self._places else None
+        if place is not None:
+            self._check("lengths", len(loader), place["length"])
+        return ResumableLoader(loader, lambda: self._due(trainer), place, self._states(trainer).cuda)
 
-    def _check(self, name: str, here: Any, index: int | None = None) -> None:
-        assert self._restored is not None
-        there = self._restored[name] if index is None else self._restored[name][index]
+    def _check(self, name: str, here: Any, there: Any) -> None:
         if there != here:
             what = {"lengths": "batches of the training loader", "job": "job=", "module": "module and its tensors"}
             raise ValueError(
@@ -175,17 +164,17 @@ class TrainingCache(OnExceptionCheckpoint):
         return RandomStates(cuda=trainer.strategy.root_device.type == "cuda")
 
     def _save(self, trainer: pl.Trainer, ended: bool) -> None:
-        self._ended = ended
-        trainer.save_checkpoint(self.path)
-        self._saved_at = trainer.global_step
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._ended = ended
+            trainer.save_checkpoint(self.path)
+            self._saved_at = trainer.global_step
 
     def packed(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with what it lacks: places in the loaders, random states, what the job is."""
         state = {key: value for key, value in checkpoint.items() if not key.endswith(_NOT_NEEDED)}
-        over = trainer.is_last_batch
+        loaders, over = list(_resumable(trainer.train_dataloader)), trainer.is_last_batch
         state[_KEY] = {
-            "places": [loader.place_after(over) if self._ended else loader.place() for loader in self._loaders],
-            "lengths": [len(loader) for loader in self._loaders],
+            "places": [loader.place_after(over) if self._ended else loader.place() for loader in loaders],
             "module": _described_module(trainer.lightning_module),
             "optimizers": self._optimizers,
             "job": self.job,
@@ -199,10 +188,12 @@ class TrainingCache(OnExceptionCheckpoint):
 
     def restored(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint of a snapshot, once it is known to be this job's."""
-        self._restored = state.pop(_KEY)
-        self.restored_step, self._random = self._restored["step"], self._restored["random"]
-        self._check("module", _described_module(trainer.lightning_module))
-        self._check("job", self.job)
+        about = state.pop(_KEY)
+        if trainer.state.fn == TrainerFn.FITTING:  # else its weights are wanted, no more
+            self._check("module", _described_module(trainer.lightning_module), about["module"])
+            self._check("job", self.job, about["job"])
+            self._restored, self._places = about, list(about["places"])
+            self.restored_step, self._random = about["step"], about["random"]
         return state
 
 
@@ -219,12 +210,22 @@ class _SnapshotIO(CheckpointIO):
             self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if Path(path) == self.cache.path or (Path(path).stem.startswith("last") and self.cache.path.exists()):
+        last = Path(path).stem.startswith("last") and self.trainer.state.fn == TrainerFn.FITTING
+        if Path(path) == self.cache.path or (last and self.cache.path.exists()):
             return self.cache.restored(self.trainer, read_snapshot(self.cache.path))
         return self.inner.load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
+
+
+def _resumable(node: Any) -> Iterator[ResumableLoader]:
+    """The loaders of a nested structure, in the order in which Lightning has them."""
+    if isinstance(node, ResumableLoader):
+        yield node
+    elif isinstance(node, Mapping | list | tuple):
+        for item in node.values() if isinstance(node, Mapping) else node:
+            yield from _resumable(item)
 
 
 def _before_this_batch(fit_loop: dict[str, Any]) -> None:
