@@ -29,6 +29,7 @@ class Row:
         optimizer: ``"sgd"`` or ``"adamw"``.
         module: class of the module, called with the optimizer's name.
         rounds: length of the run.
+        like: another row, whose mechanisms it shares: the dearest tests take that one alone.
     """
 
     algorithm: Callable[[], Algorithm]
@@ -36,6 +37,7 @@ class Row:
     optimizer: str = "sgd"
     module: type[Net] = Net
     rounds: int = 3
+    like: str = ""
 
     def make(self, algorithm=None, **strategy):
         """A fresh strategy and module, the first two arguments of ``runs.fit``."""
@@ -83,7 +85,7 @@ def lost(at_share):
 ALGORITHMS = {
     "fedavg": Row(FedAvg),
     "fedavg, kept moments": Row(lambda: FedAvg(moments="keep"), optimizer="adamw"),
-    "fedprox": Row(lambda: FedProx(mu=0.1)),
+    "fedprox": Row(lambda: FedProx(mu=0.1), like="fedavg"),
     "groups": Row(Groups, lambda: {"fleet": failing(0.1), "per_round": 4}),
     "interrupted visits": Row(Patience, lambda: {"fleet": failing(0.5)}, optimizer="adamw", rounds=4),
     "stale models": Row(StaleModel, lambda: {"fleet": failing(0.1)}),
@@ -98,15 +100,21 @@ ALGORITHMS = {
     "measured speeds": Row(Probed, counted, optimizer="adamw"),
     "hetlora": Row(lambda: HetLoRA(min_rank=1, max_rank=4), optimizer="adamw", module=LoraNet, rounds=2),
     "caesar": Row(lambda: Caesar(min_numel=1, min_batch=2), counted),
-    "caesar, error feedback": Row(lambda: Caesar(min_numel=1, min_batch=2, error_feedback=True), counted, rounds=2),
-    "cac": Row(lambda: CAC(min_numel=1), rounds=2),
-    "pyramidfl": Row(lambda: PyramidFL(min_numel=1), rounds=2),
-    "stc": Row(lambda: STC(min_numel=1)),
+    "caesar, error feedback": Row(
+        lambda: Caesar(min_numel=1, min_batch=2, error_feedback=True), counted, rounds=2, like="caesar"
+    ),
+    "cac": Row(lambda: CAC(min_numel=1), rounds=2, like="caesar"),
+    "pyramidfl": Row(lambda: PyramidFL(min_numel=1), rounds=2, like="caesar"),
+    "stc": Row(lambda: STC(min_numel=1), like="caesar"),
     "flude": Row(lambda: Flude(grace=0.1), undependable, optimizer="adamw", rounds=4),
-    "flude, models merged": Row(lambda: Flude(threshold=Fixed(9), cache_every=2, merged="models"), undependable),
-    "oort, deadline": Row(OortFedAvg, undependable, rounds=2),
-    "safa": Row(lambda: SAFA(lag=2), undependable, rounds=3),
-    "mifa": Row(MIFA, undependable, rounds=2),
-    "flude, legend and caesar": Row(composed, mixed, optimizer="adamw", module=LoraNet),
+    "flude, models merged": Row(
+        lambda: Flude(threshold=Fixed(9), cache_every=2, merged="models"), undependable, like="flude"
+    ),
+    "oort, deadline": Row(OortFedAvg, undependable, rounds=2, like="flude"),
+    "safa": Row(lambda: SAFA(lag=2), undependable, rounds=3, like="flude"),
+    "mifa": Row(MIFA, undependable, rounds=2, like="flude"),
+    "flude, legend and caesar": Row(composed, mixed, optimizer="adamw", module=LoraNet, rounds=2, like="flude"),
     "legend": Row(lambda: Legend(ranks=None), counted, optimizer="adamw", module=LoraNet, rounds=2),
 }
+
+DISTINCT = [name for name, row in ALGORITHMS.items() if not row.like]

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from algorithms import ALGORITHMS, failing
+from algorithms import ALGORITHMS, DISTINCT, failing
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from runs import Net, assert_same, exact, fit, holds, make_strategy
@@ -112,7 +112,7 @@ def test_from_every_step_with_device_memories_in_files(name, tmp_path, monkeypat
     assert list((tmp_path / "devices").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_stopped_anywhere(name, tmp_path):
     """Whatever ends a fit in mid-round leaves the global weights in the module; the run goes on from there."""
     row = ALGORITHMS[name]
@@ -126,7 +126,7 @@ def test_stopped_anywhere(name, tmp_path):
         assert_same(resumed, whole, f"stopped after step {step}")
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_stopped_again_and_again(name, tmp_path):
     """Each leg of the run is resumed from the end of the former, two steps further on."""
     row = ALGORITHMS[name]
@@ -209,7 +209,7 @@ def test_ctrl_c(hook, name, tmp_path):
 @pytest.mark.parametrize(
     ("hook", "name"),
     [(hook, STATELESS) for hook in HOOKS]
-    + [(hook, name) for hook in (HOOKS[0], HOOKS[-1]) for name in ALGORITHMS if name != STATELESS],
+    + [(hook, name) for hook in (HOOKS[0], HOOKS[-1]) for name in DISTINCT if name != STATELESS],
 )
 def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
     row = ALGORITHMS[name]
@@ -274,7 +274,7 @@ def test_an_interrupted_run_goes_on_with_the_same_objects(tmp_path):
     assert_same(fit(strategy, module, ckpt_path=by_step(tmp_path)[-1], accelerator="auto"), whole)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_round_end_checkpoints(name, tmp_path):
     row = ALGORITHMS[name]
     best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val_loss", save_top_k=-1)
@@ -329,7 +329,7 @@ def test_weights_only_loading(weights_only, tmp_path):
         assert_same(resumed, whole, checkpoint.stem)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_mid_round_checkpoints_hold_the_global_weights(name, tmp_path):
     """As of the round's start, or of the last aggregation inside it, for the plain module to load."""
     row = ALGORITHMS[name]
