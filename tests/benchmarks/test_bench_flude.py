@@ -24,11 +24,14 @@ RUNS, ROWS = {}, {}  # (level, correlated, seed, method) -> run, and -> extra_in
 
 @pytest.fixture(scope="module", autouse=True)
 def compared():
-    """Once all have run: what each needed to the target that the methods of its group reach."""
+    """Once all have run: what each needed to the target that the methods of its group reach, SAFA left out.
+
+    In 6,000 steps SAFA, in which all train, has 30 rounds, and had reached 0.59 to 0.70 in a first series.
+    """
     yield
     for level, correlated, seed in {key[:3]: None for key in RUNS}:
         group = {key[3]: run for key, run in RUNS.items() if key[:3] == (level, correlated, seed)}
-        main = {name: run.rows for name, run in group.items() if name in MAIN}
+        main = {name: run.rows for name, run in group.items() if name in MAIN and name != "SAFA"}
         if len(main) > 1:
             infos = {name: ROWS[level, correlated, seed, name] for name in group}
             fill({name: run.rows for name, run in group.items()}, infos, common_target(main))
@@ -40,7 +43,7 @@ def fill(group, infos, target):
     base = reached.get("FedAvg")
     for name, info in infos.items():
         info["common_target"] = target
-        if reached[name] is None:  # a variant; the methods themselves all reach it
+        if reached[name] is None:  # SAFA or a variant; the others all reach it
             continue
         round_, seconds, sent = reached[name]
         info.update(rounds_to_target=round_ + 1, sim_seconds_to_target=seconds, bytes_to_target=sent)

@@ -68,10 +68,15 @@ def test_samples_have_the_posterior_s_mean_and_variance():
     assert abs(late.var() - alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))) < 0.002
 
 
-def test_late_updates_count_as_failures_unless_told_otherwise():
-    assert dependability(seen(DependableSelection(), False, reason="late"))[0] == pytest.approx(0.4)
-    lenient = seen(DependableSelection(late_fails=False), False, reason="late")
-    assert dependability(lenient)[0] == 0.5 and lenient.memory["dependability"]["chosen"][0] == 1
+def test_who_misses_the_deadline_has_failed_unless_told_otherwise_and_who_was_not_needed_has_not():
+    for deadline, late_fails, mean in [(0.5, True, 0.4), (0.5, False, 0.5), (2.0, True, 0.5)]:  # it ended at 1.0
+        server, selection = make_server(), DependableSelection(late_fails=late_fails)
+        server.memory["deadline"] = deadline
+        selection.observe(server, [outcome(0, False, reason="late")])
+        assert dependability(server)[0] == pytest.approx(mean)
+        assert server.memory["dependability"]["chosen"][0] == 1
+    plain = seen(DependableSelection(), False, reason="late")  # another rule closed the round
+    assert dependability(plain)[0] == pytest.approx(0.4)
 
 
 def test_enrolment_is_no_test_of_dependability():

@@ -36,7 +36,9 @@ def test_the_deadline_is_a_multiple_of_the_median_expectation():
     outcomes = [outcome(c, finished=10.0 + c, started=2.0) for c in range(4)]
     # 8 * 100 / 800 + 3 * 1 + 8 * 50 / 400
     assert Deadline.expected_seconds(server(), outcomes).tolist() == [5.0] * 4
-    assert Deadline(2.0)(server(), outcomes) == 2.0 + 10.0
+    made = server()
+    assert Deadline(2.0)(made, outcomes) == made.memory["deadline"] == 2.0 + 10.0
+    assert Deadline(2.0, arrivals=0.5)(made, outcomes) == 11.0 and made.memory["deadline"] == 12.0
     assert Deadline(None)(server(), outcomes) == math.inf
     # who goes on is sent nothing; who only sends again trains nothing
     resumed = [

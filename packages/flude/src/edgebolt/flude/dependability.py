@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -43,8 +44,9 @@ class DependableSelection:
     Explorers are devices that were never chosen, then any others, uniformly: for ever. Without that a device that was
     unlucky early is never heard again, and with it its data. The rest are the largest ``P_i`` of those online.
 
-    An outcome that was not delivered counts as a failure; one that came after the round's end by default too, though
-    it is the server that did not wait.
+    A visit that was not delivered counts as a failure; one that came after a deadline by default too, though it is the
+    server that did not wait. One that came late because enough others had come counts for nothing: else rounds would
+    close ever earlier, for the more is called failed, the less is expected.
 
     Args:
         prior: ``(α_0, β_0)`` of the Beta prior; (2, 2) is inferred.
@@ -55,7 +57,7 @@ class DependableSelection:
         estimate: ``"mean"`` of the posterior, or a ``"sample"`` from it (Thompson).
         forgetting: ``γ``: at each observation ``α <- γ α + (1 - γ) α_0 + y``, so that a device that has changed is
             believed in the end; 1: nothing is forgotten.
-        late_fails: whether a late update counts as a failure; if not it counts for nothing.
+        late_fails: whether an update that missed the deadline counts as a failure; if not it counts for nothing.
 
     Raises:
         ValueError: for arguments that are out of range.
@@ -101,11 +103,11 @@ class DependableSelection:
         if not sessions:
             return
         alpha, beta = (array.copy() for array in _posterior(server, self.prior))
-        chosen = _chosen(server).copy()
+        chosen, deadline = _chosen(server).copy(), server.memory.get("deadline", -math.inf)
         for outcome in sessions:
             client = outcome.visit.client
             chosen[client] += 1
-            if outcome.reason == "late" and not self.late_fails:
+            if outcome.reason == "late" and not (self.late_fails and outcome.finished > deadline):
                 continue
             keep = self.forgetting
             alpha[client] = keep * alpha[client] + (1 - keep) * self.prior[0] + outcome.delivered

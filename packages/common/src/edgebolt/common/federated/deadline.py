@@ -14,6 +14,8 @@ from edgebolt.common.federated.visit import Outcome
 
 __all__ = ["Deadline"]
 
+_KEY = "deadline"
+
 
 class Deadline:
     """A round ends at a deadline, or some time after enough updates have arrived.
@@ -57,12 +59,17 @@ class Deadline:
         self.slack, self.arrivals, self.grace, self.chance = slack, arrivals, grace, chance
 
     def __call__(self, server: Server, outcomes: list[Outcome]) -> float:
-        """Simulated seconds; infinity if nothing but the end of all visits closes the round."""
+        """Simulated seconds; infinity if nothing but the end of all visits closes the round.
+
+        ``server.memory["deadline"]`` has the deadline alone: who is later than that was too slow, while others that
+        came late were not needed any more.
+        """
         closing = math.inf
         if self.slack is not None:
             expected = self.expected_seconds(server, outcomes)
             if not np.isnan(expected).all():
                 closing = min(o.started for o in outcomes) + self.slack * float(np.nanmedian(expected))
+        server.memory[_KEY] = closing
         if self.arrivals is not None:
             clients = [outcome.visit.client for outcome in outcomes]
             hoped = len(clients) if self.chance is None else float(self.chance(server)[clients].sum())
