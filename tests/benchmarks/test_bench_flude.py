@@ -6,8 +6,8 @@ Without the clock (``make test``) every method runs a few rounds, so that the co
 from statistics import fmean
 
 import pytest
-from caesar_run import images
-from flude_run import LEVELS, ROUNDS, SAFA_ROUNDS, algorithms, available, knowledge, never_heard, train, waste
+from caesar_run import available, images
+from flude_run import LEVELS, ROUNDS, SAFA_ROUNDS, algorithms, knowledge, never_heard, train, waste
 
 from edgebolt.common.federated import common_target, time_to
 

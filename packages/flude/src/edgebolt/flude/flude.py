@@ -82,11 +82,10 @@ class Flude(Algorithm):
     ) -> None:
         self.prior = prior
         self.sessions = ResumeSessions(threshold, cache_every)
-        self.stale_mean = StaleMean(exponent, weights, merged)
         super().__init__(
             selector=DependableSelection(prior) if selector is None else selector,
             configure=[self.sessions],
-            aggregator=self.stale_mean,
+            aggregator=StaleMean(exponent, weights, merged),
             down=down,
             up=up,
             callbacks=[ReportLoss(), SessionCache(cache_every)],
