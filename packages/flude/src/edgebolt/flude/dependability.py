@@ -33,9 +33,9 @@ def dependability(server: Server, prior: tuple[float, float] = (2.0, 2.0)) -> ND
 class DependableSelection:
     """Prefers devices that finish what they begin, those less that were chosen more than their share, and explores.
 
-    Source: FLUDE (arXiv 2412.19991). That dependability is a Beta posterior updated on-line, and that selection holds
-    back devices that are used too often by a threshold that adapts, is the paper's. The formula is a completion, after
-    Oort's penalty and exploration::
+    Source: FLUDE (arXiv 2412.19991). That dependability is a Beta posterior updated on-line is from a summary of the
+    paper, that selection holds back devices by an adaptive threshold on how often they were used from a survey's
+    sentence about it. The formula is a completion, after Oort's penalty and exploration::
 
         σ_t = max(1, κ X t / N)                             X devices a round, t rounds so far, this one included
         P_i = R_i (σ_t / q_i)^(ν [q_i > σ_t])               q_i: how often i was chosen
