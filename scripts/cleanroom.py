@@ -1,8 +1,9 @@
 """Prove that a package stands alone: install it, and common, in a new environment and run its tests there.
 
 ``cleanroom.py`` takes every package, ``cleanroom.py common`` the named ones, and ``cleanroom.py --changed`` those that
-changed since the last tag (all, where there is none). Two keys of a package's ``[tool.edgebolt]`` table matter:
-``cleanroom-extras`` names extras to install (default: none) and ``test-requires`` what the tests need beside pytest.
+changed since the last tag (all, where there is none), without the tests marked ``slow``. Two keys of a package's
+``[tool.edgebolt]`` table matter: ``cleanroom-extras`` names extras to install (default: none) and ``test-requires``
+what the tests need beside pytest.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def build(chosen: list[Package], folder: Path) -> dict[str, Path]:
     return wheels
 
 
-def check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
+def check(package: Package, wheels: dict[str, Path], folder: Path, quick: bool) -> str:
     """Install ``package`` in an environment under ``folder`` and test it there; returns pytest's last line."""
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -80,13 +81,14 @@ def check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
     run(python, ROOT / "scripts" / "isolation.py", package.name, cwd=folder)
     # pytest's own settings stay, the options of plugins that are not installed here go
     pytest = (python, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider")
-    return run(*pytest, f"tests/{package.name}", cwd=folder).splitlines()[-1].strip("= ")
+    chosen = ("-m", "not slow") if quick else ()
+    return run(*pytest, *chosen, f"tests/{package.name}", cwd=folder).splitlines()[-1].strip("= ")
 
 
-def timed_check(package: Package, wheels: dict[str, Path], folder: Path) -> str:
+def timed_check(package: Package, wheels: dict[str, Path], folder: Path, quick: bool) -> str:
     """Check one package and clear up; returns the line to print."""
     start = time.perf_counter()
-    summary = check(package, wheels, folder / package.name)
+    summary = check(package, wheels, folder / package.name, quick)
     shutil.rmtree(folder / package.name)  # an environment with torch takes about a gigabyte
     return f"clean room {package.name}: {summary}; {time.perf_counter() - start:.0f} s in all"
 
@@ -111,7 +113,9 @@ def main() -> None:
         try:
             wheels = build(chosen, Path(temporary, "wheels"))
             with ThreadPoolExecutor(max_workers=2) as pool:  # each mostly waits for pip, or for one thread of tests
-                for line in pool.map(lambda package: timed_check(package, wheels, Path(temporary)), chosen):
+                for line in pool.map(
+                    lambda package: timed_check(package, wheels, Path(temporary), options.changed), chosen
+                ):
                     print(line, flush=True)
         except CommandError as error:
             sys.exit(f"clean room: failed\n{error}")

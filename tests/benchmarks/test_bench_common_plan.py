@@ -16,6 +16,13 @@ POPULATION, COHORT, SEED = 100_000, 1_000, 0
 pytestmark = pytest.mark.benchmark(group="plan")
 
 
+class NoDevices:
+    """The engine of a loop that only plans."""
+
+    def begin_round(self):
+        pass
+
+
 class Rounds:
     """A server and its fleet, ready for one round after the other: no answer can come from a memo."""
 
@@ -40,7 +47,7 @@ class Rounds:
 
     def begin(self):
         """As the running loop does: the plan, who will fail and when, and the queue."""
-        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=None, visit_cost=None)
+        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=NoDevices(), visit_cost=None)
         loop.begin_round(limit=lambda steps: steps)
         return loop
 

@@ -18,7 +18,7 @@ FULL = [
     *[(*setting, seed, name) for seed in SEEDS for setting in SETTINGS for name in MAIN],
     *[("middle", correlated, 0, name) for correlated in (False, True) for name in algorithms() if name not in MAIN],
 ]
-SHORT = {"rounds": 2}
+SHORT = {"rounds": 3}
 RUNS, ROWS = {}, {}  # (level, correlated, seed, method) -> run, and -> extra_info
 
 

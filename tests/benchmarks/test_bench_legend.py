@@ -93,7 +93,7 @@ def fill(regime, seed, group, rows):
 @pytest.mark.parametrize(("regime", "seed", "method"), FULL, ids=lambda part: str(part).replace(" ", "-"))
 def test_run(benchmark, request, tmp_path, regime, seed, method):
     short = benchmark.disabled
-    if short and ((regime, seed) != ("balanced", 0) or method not in ("FedLoRA", "HetLoRA", "LEGEND")):
+    if short and ((regime, seed) != ("balanced", 0) or method not in ("FedLoRA", "LEGEND")):
         pytest.skip("the short form has one regime, one seed and no ablations")
     torch.set_num_threads(2)
     make, _ = algorithms()[method]

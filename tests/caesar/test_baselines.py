@@ -14,7 +14,7 @@ from edgebolt.caesar.baselines import (
     PyramidFL,
 )
 from edgebolt.common.communication import MessageError, SparseTernary
-from edgebolt.common.devices import Fleet
+from edgebolt.common.devices import Cut, Fleet
 from edgebolt.common.federated import FedAvg, Sizes
 
 DENSE = 4 * sum(p.numel() for p in Net().parameters())
@@ -72,7 +72,7 @@ class TestSTC:
     def test_a_device_that_died_after_receiving_leaves_out_what_it_has(self):
         class Dying(Fleet):
             def cut(self, client, steps, round, stage=0):
-                return 1 if client < 5 and round in (1, 3) else None
+                return Cut(1) if client < 5 and round in (1, 3) else None
 
         fleet = Dying([[device()]], torch.zeros(10, dtype=torch.int64).numpy())
         _, strategy = run(STC(0.9, min_numel=1), rounds=7, fleet=fleet, per_round=10)

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from edgebolt.caesar import Caesar, CaesarStrategy, Introduction, LevelledBatches, UploadRatios
 from edgebolt.common.communication import Dense, HybridSign, TopK
-from edgebolt.common.devices import Fleet
+from edgebolt.common.devices import Cut, Fleet
 from edgebolt.common.federated import FedAvg, Sizes
 
 
@@ -73,7 +73,7 @@ def test_the_fresh_are_sent_less_and_what_arrives_leans_on_their_own_model():
 def test_the_model_of_a_device_that_died_stays_the_old_one():
     class Dying(Fleet):
         def cut(self, client, steps, round, stage=0):
-            return 1 if round == 1 else None
+            return Cut(1) if round == 1 else None
 
     fleet = Dying([[device()]], torch.zeros(4, dtype=torch.int64).numpy())
     kwargs = {"clients": Sizes([20] * 4), "per_round": 4, "fleet": fleet}

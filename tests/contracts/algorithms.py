@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from runs import CLIENTS, WITH_VAL, LoraNet, LowRankNet, Net, make_strategy
@@ -16,7 +17,6 @@ from edgebolt.common.lora import HetLoRA
 from edgebolt.flude import Fixed, Flude
 from edgebolt.flude.baselines import MIFA, SAFA, OortFedAvg
 from edgebolt.legend import Legend
-from monorepo import ROOT
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def mixed():
 
 def composed():
     """The algorithm of examples/compose.py."""
-    sys.path.append(str(ROOT / "examples"))
+    sys.path.append(str(Path(__file__).parents[2] / "examples"))
     try:
         from compose import Composed
     finally:

@@ -1,4 +1,4 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_run.py: importlib mode puts no folder on the path
+sys.path.insert(0, str(Path(__file__).parent))  # scripted_run.py: importlib mode puts no folder on the path

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from tiny_run import CLIENTS, Net, run, same, samples
+from scripted_run import CLIENTS, Net, run, same, samples
 from torch.utils.data import DataLoader
 
 from edgebolt.common.devices import Fleet, Undependability

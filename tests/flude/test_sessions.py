@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_run import CLIENTS, run, same, scripted
+from scripted_run import CLIENTS, run, same, scripted
 
 from edgebolt.common.devices import Cut
 from edgebolt.common.federated import Algorithm, Deadline, FedAvg, Uniform

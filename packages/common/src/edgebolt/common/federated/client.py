@@ -92,7 +92,8 @@ class KeepModel(ClientCallback):
     """The model stays on the device as it stood after its last training, ``memory["model"]``: name -> tensor.
 
     Codecs lean on it that fill in what they did not send: :class:`~edgebolt.common.communication.HybridSign` and
-    :class:`~edgebolt.common.communication.TopK` with ``fill="memory"``. A device that died keeps what it had.
+    :class:`~edgebolt.common.communication.TopK` with ``fill="memory"``. A device that died before its upload keeps
+    what it had.
     """
 
     def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, device: Device, visit: Visit) -> None:
