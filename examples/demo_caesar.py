@@ -74,8 +74,8 @@ def load_data():
     return TensorDataset(images[:4000], labels[:4000]), TensorDataset(images[4000:], labels[4000:])
 
 
-def fit(algorithm, folder, train, test, rounds):
-    strategy = FederatedStrategy(
+def make_strategy(algorithm):
+    return FederatedStrategy(
         algorithm,
         clients=Dirichlet(DEVICES, alpha=ALPHA, seed=SEED),
         per_round=PER_ROUND,
@@ -83,6 +83,9 @@ def fit(algorithm, folder, train, test, rounds):
         fleet=Fleet.jetson(DEVICES, seed=SEED, speed=SPEED),
         seed=SEED,
     )
+
+
+def fit(strategy, folder, train, test, rounds):
     summary = FederatedSummary(folder, figure=False)
     options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = L.Trainer(max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], **options)
@@ -107,7 +110,7 @@ def main():
     for label, algorithm in {"FedAvg, dense": FedAvg(), "FIC, 0.35": FIC(0.35), "Caesar": Caesar()}.items():
         print(f"{label}: {args.rounds} rounds of {PER_ROUND} devices, {LOCAL_STEPS} steps each")
         folder = args.folder / label.split(",")[0].lower()
-        runs[label] = fit(algorithm, folder, train, test, args.rounds)
+        runs[label] = fit(make_strategy(algorithm), folder, train, test, args.rounds)
 
     target, picture = common_target(runs), args.folder / "caesar.png"
     table = compare_table(runs)

@@ -1,6 +1,5 @@
 """FLUDE, LEGEND and Caesar in one run (examples/compose.py): each part keeps its own promises."""
 
-import numpy as np
 import pytest
 from algorithms import ALGORITHMS
 from runs import fit
@@ -70,9 +69,15 @@ def test_legend_s_devices_send_what_they_trained(together):
 
 def test_caesar_s_ratios_follow_staleness_and_rank(together):
     _, rounds = together
-    fresh = 0
-    for entry in rounds:
+    fresh = leaning = 0
+    for number, entry in enumerate(rounds):
+        # One ratio for a cluster of the cohort: between those of its freshest and its stalest device with a model.
+        cohort = [v.client for v in entry["plan"] if v.base is None and entry["heard"][v.client] >= 0]
+        exact = download_ratio(number - entry["heard"][cohort].astype(float), number + 1)
         for visit in entry["plan"]:
+            if visit.client in cohort:
+                assert exact.min() - 1e-9 <= visit.settings["down_ratio"] <= exact.max() + 1e-9
+                leaning += 1
             assert 0.1 < visit.settings["up_ratio"] <= 0.6 and 0 <= visit.settings["down_ratio"] < 0.6
             if visit.base is None and entry["heard"][visit.client] < 0:
                 assert visit.settings["down_ratio"] == 0.0  # it has no model that could fill anything in
@@ -80,8 +85,7 @@ def test_caesar_s_ratios_follow_staleness_and_rank(together):
         for outcome in entry["outcomes"]:
             if outcome.visit.start is None:
                 assert outcome.down_bytes < 1000  # an order
-    assert fresh
-    assert download_ratio(np.array([1.0]), 10)[0] == pytest.approx(0.54)
+    assert fresh and leaning
 
 
 def test_every_byte_is_in_the_ledger(together):

@@ -45,6 +45,7 @@ def assert_as_if_nothing_had_happened(results, killed=True, every=1):
         assert {**last, "restored": None} == {**whole, "restored": None}, number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,6 +82,7 @@ def test_killed_at_every_step(run, options, tmp_path):
     assert went_on == [(step - 1) // every * every for step in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hook",
     [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from edgebolt.common.files import replaced
 
 __all__ = ["read_snapshot", "write_snapshot"]
 
@@ -36,18 +36,10 @@ def write_snapshot(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_packed(state, "state", tensors), separators=(",", ":"))
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
         stale.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "structure": structure})
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
+    with replaced(path, durable=True) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "structure": structure})
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
@@ -63,17 +55,9 @@ def read_snapshot(path: Path) -> dict[str, Any]:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             state: dict[str, Any] = _unpacked(json.loads(metadata["structure"]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no whole snapshot ({error}): remove it to begin anew.") from error
     return state
-
-
-def _flush(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _packed(node: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -4,11 +4,12 @@ import csv
 import operator
 import os
 from array import array
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+
+from edgebolt.common.files import replaced
 
 __all__ = ["TrafficLedger"]
 
@@ -148,19 +149,13 @@ class TrafficLedger:
         Args:
             path: Target file; its folder must exist.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         kinds, columns = self.kinds, self._columns
-        try:
-            with partial.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["round", "client", "direction", "nbytes", "time", "kind", "delivered"])
-                for number, client, up, nbytes, time, kind, delivered in zip(*columns.values(), strict=True):
-                    direction = "up" if up else "down"
-                    writer.writerow([number, client, direction, nbytes, repr(time), kinds[kind], bool(delivered)])
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["round", "client", "direction", "nbytes", "time", "kind", "delivered"])
+            for number, client, up, nbytes, time, kind, delivered in zip(*columns.values(), strict=True):
+                direction = "up" if up else "down"
+                writer.writerow([number, client, direction, nbytes, repr(time), kinds[kind], bool(delivered)])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors of shape (entries,) and the list of kinds; loads under ``torch.load(weights_only=True)``."""

@@ -104,9 +104,6 @@ RING_BANDS_BPS: tuple[tuple[float, float], ...] = tuple(
 )
 
 RADIO_POWER_W = 1.5  # assumed: power of the radio while it sends or receives
-FAILURE_PHASES = (
-    0.1,
-    0.8,
-    0.1,
-)  # assumed: shares of a visit's time in download, training and upload, in which it may die
+# assumed: shares of a visit's time in download, training and upload, in which it may die
+FAILURE_PHASES = (0.1, 0.8, 0.1)
 LATENCY_S = 0.0  # assumed: a transfer takes its bits divided by the bandwidth and nothing else

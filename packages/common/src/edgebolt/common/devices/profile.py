@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from edgebolt.common.devices.constants import LATENCY_S
+from edgebolt.common.files import replaced
 
 __all__ = ["DeviceProfile"]
 
@@ -109,14 +109,8 @@ class DeviceProfile:
             content["measured"] = dict(measured)
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replaced(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> DeviceProfile:

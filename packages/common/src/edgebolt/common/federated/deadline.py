@@ -27,8 +27,8 @@ class Deadline:
     results); the numbers are assumed.
 
     Args:
-        slack: ``deadline = slack * median``; None: no deadline. On the fleet of Jetsons 98 % of the visits that do not
-            fail meet 3 medians, and 72 % 1.5.
+        slack: ``deadline = slack * median``; None: no deadline. In the benchmark of FLUDE 98 % of the Jetsons' visits
+            that do not fail take less than 3 medians, and 72 % less than 1.5.
         arrivals: share of the expected updates after which the round closes; None: it waits for the deadline.
         grace: seconds between the last of these and the end.
         chance: server -> probability that each device delivers, float ``[population]``; what is expected of a cohort

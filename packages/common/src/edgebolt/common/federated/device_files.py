@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+
+from edgebolt.common.files import replaced
 
 __all__ = ["DeviceFiles"]
 
@@ -110,12 +111,8 @@ class DeviceFiles:
         digest = f"{hashlib.sha256(blob).hexdigest()}-{self._run}"
         path = _path(folder, digest)
         if not path.exists():
-            handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with replaced(path, durable=True) as partial:
+                partial.write_bytes(blob)
             self._written.add(path)
         return digest
 

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from edgebolt.common.federated.checks import require_lightning_trainer
 from edgebolt.common.federated.results_plot import compare
 from edgebolt.common.federated.strategy import FederatedStrategy
+from edgebolt.common.files import replaced
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -136,14 +137,9 @@ class FederatedSummary(Callback):
             self._columns, self._lines = list(dict.fromkeys(name for row in self.rows for name in row)), []
         while len(self._lines) < len(self.rows) - 1:
             self._lines.append(self._line(self.rows[len(self._lines)]))
-        path = self.folder / "rounds.csv"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            header = _csv_line(self._columns)
+        header = _csv_line(self._columns)
+        with replaced(self.folder / "rounds.csv") as partial:
             partial.write_text("".join([header, *self._lines, self._line(self.rows[-1])]), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _line(self, row: Mapping[str, float]) -> str:
         return _csv_line([repr(row[name]) if name in row else "" for name in self._columns])

@@ -16,8 +16,8 @@ class MemorizedMean:
     """``w <- w + 1/N Σ_i G_i`` with ``G_i`` the latest update of device i, of this round or an earlier one.
 
     Source: Gu et al., "Fast Federated Learning in the Presence of Arbitrary Device Unavailability", NeurIPS 2021
-    (MIFA). There every device has delivered before the first step; here the mean is over those that have delivered so
-    far, for nobody can be made to.
+    (MIFA), as remembered. There every device has delivered before the first step; here the mean is over those that
+    have delivered so far, for nobody can be made to.
 
     The server keeps a model's worth of numbers for each device.
     """
