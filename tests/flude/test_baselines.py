@@ -1,11 +1,12 @@
 """What the baselines are known by."""
 
+import numpy as np
 import pytest
 import torch
 from scripted_run import CLIENTS, run, same, scripted
 
 from edgebolt.common.devices import Cut, Fleet
-from edgebolt.common.federated import Deadline, FedAvg
+from edgebolt.common.federated import Algorithm, Deadline, FedAvg
 from edgebolt.flude.baselines import MIFA, SAFA, ImpatientFedAvg, OortFedAvg
 
 ALL_WAIT = Deadline(slack=None)
@@ -20,9 +21,13 @@ def test_patience_makes_fedavg():
 def test_late_updates_are_left_out_and_counted():
     algorithm = ImpatientFedAvg()
     algorithm.closing = lambda server, outcomes: sorted(o.finished for o in outcomes)[CLIENTS // 2]
-    look, strategy = run(algorithm, 2, fleet=None, per_round=CLIENTS)
-    assert strategy.history[1]["round/late"] == sum(o.reason == "late" for o in look.outcomes[1])
-    assert strategy.clock.now == look.outcomes[1][0].finished + look.outcomes[1][0].waited
+    look, strategy = run(algorithm, 2, fleet=Fleet.jetson(CLIENTS), per_round=CLIENTS)
+    late = {o.visit.client for o in look.outcomes[0] if o.reason == "late"}
+    assert strategy.history[0]["round/late"] == len(late) == CLIENTS - CLIENTS // 2 - 1
+    assert strategy.history[0]["round/sim_time"] == sorted(o.finished for o in look.outcomes[0])[CLIENTS // 2]
+    in_time = np.array(sorted(set(range(CLIENTS)) - late))
+    only, _ = run(Algorithm(selector=lambda server: in_time), 1, fleet=Fleet.jetson(CLIENTS))
+    assert same(look.models[0], only.models[0])
 
 
 def test_oort_reports_losses_and_explores():

@@ -68,11 +68,13 @@ def test_samples_have_the_posterior_s_mean_and_variance():
     assert abs(late.var() - alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))) < 0.002
 
 
-def test_who_misses_the_deadline_has_failed_unless_told_otherwise_and_who_was_not_needed_has_not():
-    for deadline, late_fails, mean in [(0.5, True, 0.4), (0.5, False, 0.5), (2.0, True, 0.5)]:  # it ended at 1.0
+@pytest.mark.parametrize("reason", ["late", "failed"])  # what became of it after the round had closed
+def test_who_misses_the_deadline_has_failed_unless_told_otherwise_and_who_was_not_needed_has_not(reason):
+    for deadline, late_fails, mean in [(0.5, True, 0.4), (0.5, False, 0.5), (2.0, True, 0.5)]:
         server, selection = make_server(), DependableSelection(late_fails=late_fails)
         server.memory["deadline"] = deadline
-        selection.observe(server, [outcome(0, False, reason="late")])
+        server.clock.advance_to(0.5)  # when the round closed; the visit ended at 1.0
+        selection.observe(server, [outcome(0, False, reason=reason)])
         assert dependability(server)[0] == pytest.approx(mean)
         assert server.memory["dependability"]["chosen"][0] == 1
     plain = seen(DependableSelection(), False, reason="late")  # another rule closed the round

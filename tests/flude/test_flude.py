@@ -7,7 +7,7 @@ from scripted_run import CLIENTS, Net, run, same, samples
 from torch.utils.data import DataLoader
 
 from edgebolt.common.devices import Fleet, Undependability
-from edgebolt.common.federated import Deadline, Sizes
+from edgebolt.common.federated import Deadline, Sizes, Uniform, Visit
 from edgebolt.flude import AIMD, Fixed, Flude, FludeStrategy, dependability
 
 
@@ -63,3 +63,19 @@ def test_the_strategy_is_registered_and_is_the_preset():
     look, _ = run(Flude(threshold=Fixed(3), grace=0.5), 3, fleet=undependable(), per_round=4)
     assert same(strategy.server.models["global"], look.models[-1])
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_dependability_is_learned_under_every_selector_and_no_device_twice():
+    looks = {name: run(Flude(selector=selector, closing=Deadline(slack=None)), 3, per_round=CLIENTS)[1]
+             for name, selector in [("own", None), ("uniform", Uniform())]}  # fmt: skip
+    for strategy in looks.values():
+        assert torch.equal(strategy.server.memory["dependability"]["alpha"], torch.full((CLIENTS,), 5.0).double())
+
+
+def test_a_round_that_closes_early_has_enrolled_all():
+    class Asks(Flude):
+        def enrol(self, server):
+            return [Visit(client, 0, probe=1) for client in range(server.population)]
+
+    _, strategy = run(Asks(), 1, fleet=Fleet.jetson(CLIENTS))
+    assert not strategy.server.reports["step_seconds"].isnan().any()

@@ -21,12 +21,12 @@ class Only:
         return torch.tensor([self.client]).numpy()
 
 
-def patient(threshold=ALWAYS, every=1, selector=None, **kwargs):
+def patient(threshold=ALWAYS, every=1, selector=None, closing=None, **kwargs):
     return Flude(
         selector=Uniform() if selector is None else selector,
         threshold=threshold,
         cache_every=every,
-        closing=Deadline(slack=None),
+        closing=Deadline(slack=None) if closing is None else closing,
         **kwargs,
     )
 
@@ -163,6 +163,25 @@ def test_updates_that_come_late_are_sent_again():
     fates = [{o.visit.client: o for o in outcomes}[3] for outcomes in look.outcomes]
     assert [fate.reason for fate in fates] == ["late", "", "late"]
     assert [fate.steps for fate in fates] == [5, 0, 5]
+
+
+def test_what_is_not_done_yet_cannot_be_sent():
+    """A device that is still training when it is chosen again sends no sooner than it has finished."""
+
+    def impatient(server, outcomes):  # the first round does not wait for device 3
+        return min(o.finished for o in outcomes) / 4 if server.round == 0 else float("inf")
+
+    chosen = patient(selector=Only(3), closing=impatient)
+    look, _ = run(chosen, 2, fleet=scripted({}))
+    (first,), (second,) = look.outcomes
+    assert (first.reason, second.reason, second.visit.done, second.steps) == ("late", "", 5, 0)
+    assert second.started == pytest.approx(first.finished / 4)
+    assert second.finished == pytest.approx(first.finished + second.down_seconds + second.up_seconds)
+    # sent a new model, it drops what it is at and begins at once
+    look, _ = run(patient(selector=Only(3), threshold=Fixed(0), closing=impatient), 2, fleet=scripted({}))
+    (first,), (second,) = look.outcomes
+    took = second.down_seconds + second.compute_seconds + second.up_seconds
+    assert second.finished == pytest.approx(second.started + took)
 
 
 class LateFor:

@@ -39,14 +39,15 @@ class DependableSelection:
 
         σ_t = max(1, κ X t / N)                             X devices a round, t rounds so far, this one included
         P_i = R_i (σ_t / q_i)^(ν [q_i > σ_t])               q_i: how often i was chosen
-        ε_t = max(least_exploration, exploration decay^t)   share of the cohort that explores
+        ε_t = max(least_exploration, exploration decay^(t-1))  share of the cohort that explores
 
     Explorers are devices that were never chosen, then any others, uniformly: for ever. Without that a device that was
     unlucky early is never heard again, and with it its data. The rest are the largest ``P_i`` of those online.
 
-    A visit that was not delivered counts as a failure; one that came after a deadline by default too, though it is the
-    server that did not wait. One that came late because enough others had come counts for nothing: else rounds would
-    close ever earlier, for the more is called failed, the less is expected.
+    A visit that was not delivered counts as a failure; one that a deadline cut short by default too, though it is the
+    server that did not wait. One that was under way when the round closed because enough others had come counts for
+    nothing, whatever became of it: else rounds would close ever earlier, for the more is called failed, the less is
+    expected.
 
     Args:
         prior: ``(α_0, β_0)`` of the Beta prior; (2, 2) is inferred.
@@ -107,7 +108,8 @@ class DependableSelection:
         for outcome in sessions:
             client = outcome.visit.client
             chosen[client] += 1
-            if outcome.reason == "late" and not (self.late_fails and outcome.finished > deadline):
+            unfinished = outcome.reason == "late" or outcome.finished > server.now
+            if unfinished and not (self.late_fails and server.now >= deadline):
                 continue
             keep = self.forgetting
             alpha[client] = keep * alpha[client] + (1 - keep) * self.prior[0] + outcome.delivered

@@ -80,10 +80,10 @@ class Flude(Algorithm):
         down: Codec | None = None,
         up: Codec | None = None,
     ) -> None:
-        self.prior = prior
+        self.prior, self.learner = prior, DependableSelection(prior)
         self.sessions = ResumeSessions(threshold, cache_every)
         super().__init__(
-            selector=DependableSelection(prior) if selector is None else selector,
+            selector=self.learner if selector is None else selector,
             configure=[self.sessions],
             aggregator=StaleMean(exponent, weights, merged),
             down=down,
@@ -91,6 +91,12 @@ class Flude(Algorithm):
             callbacks=[ReportLoss(), SessionCache(cache_every)],
             closing=Deadline(arrivals=0.8, grace=grace, chance=self.chance) if closing is None else closing,
         )
+
+    def observe(self, server: Server, outcomes: list[Outcome]) -> None:
+        """Dependability is learned under every selector: the end of a round is expected by it."""
+        super().observe(server, outcomes)
+        if not isinstance(self.selector, DependableSelection):
+            self.learner.observe(server, outcomes)
 
     def chance(self, server: Server) -> NDArray[np.float64]:
         """``R_i`` of every device."""

@@ -56,7 +56,7 @@ class SessionCache(ClientCallback):
     def install(self, device: Device, visit: Visit, tensors: Tensors) -> Tensors:
         """A new model empties the slot; without one, the difference that will be sent is to the old start."""
         if visit.base is None:
-            if is_session(visit):
+            if is_session(visit) and visit.stage == 0:
                 about: dict[str, Any] = {"base": device.round, "samples": device.samples, "groups": device.groups}
                 device.memory["session"] = {"start": dict(tensors), **about}
                 device.memory["session_steps"] = 0
@@ -95,9 +95,11 @@ class SessionCache(ClientCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the slot, if it is time."""
-        if self._device is None or not self._device.visiting or "session" not in self._device.memory:
+        if self._device is None or not self._device.visiting or self._visit.stage:
             return
         memory = self._device.memory
+        if "session" not in memory:
+            return
         memory["session_steps"] += 1
         if (
             memory["session_steps"] % self.every == 0
@@ -122,7 +124,7 @@ class SessionCache(ClientCallback):
 
     def on_client_delivered(self, device: Device, visit: Visit) -> None:
         """Empty the slot."""
-        if is_session(visit):
+        if is_session(visit) and visit.stage == 0:
             device.memory.pop("session", None)
             device.memory.pop("session_steps", None)
 
@@ -134,8 +136,10 @@ class ResumeSessions:
     the old order, with its settings, in the place of the new one. Source: FLUDE (arXiv 2412.19991), staleness-aware
     distribution: the model goes only to devices whose state is no longer useful, by a threshold ``W``.
 
-    How far a device came is what it says when it checks in again; for each visit that goes on the bytes of such a
-    message are in the ledger, of kind ``"check-in"``. One visit a device and a round; later stages are left alone.
+    A device that is still at its visit, for which the round did not wait, ends that first: the loop lets the new one
+    begin then. How far a device came is what it says when it checks in again; for each visit that goes on the bytes of
+    such a message are in the ledger, of kind ``"check-in"``. One visit a device and a round; later stages are left
+    alone.
 
     Args:
         threshold: how ``W`` moves; default :class:`~edgebolt.flude.AIMD`.

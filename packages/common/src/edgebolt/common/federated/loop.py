@@ -68,6 +68,7 @@ class FederatedLoop:
         self.done = 0
         self.torn = False  # an event between two steps has begun and not ended
         self.sent_bytes = 0
+        self.free_at: dict[int, float] = {}  # client -> when it ends a visit that its stage did not wait for
         self.outcomes: list[Outcome] = []
         self.losses: list[float] = []
         self.loss_sum: torch.Tensor | float = 0.0
@@ -219,7 +220,10 @@ class FederatedLoop:
             up = profile.upload_seconds(up_bytes)
             if cut is None:
                 reason = "" if message.is_finite() else "non-finite"
-        finished = flight.opened + down + compute + up
+        begun = flight.opened
+        if visit.start is None:  # it goes on with what it has, and may still be busy with that
+            begun = max(begun, self.free_at.get(visit.client, begun))
+        finished = begun + down + compute + up
         if message is not None:
             server.ledger.add(
                 round=server.round,
@@ -255,7 +259,7 @@ class FederatedLoop:
     def _deliver(self) -> None:
         """Close the stage that closes earliest: advance the clock, book what arrived, aggregate."""
         server = self.server
-        closing = {lane: self.algorithm.closing_time(server, f.outcomes) for lane, f in self.flights.items()}
+        closing = {lane: self._closing_time(flight) for lane, flight in self.flights.items()}
         lane = min(closing, key=lambda lane: (closing[lane], lane))
         flight = self.flights.pop(lane)
         server.clock.advance_to(max(server.now, closing[lane]))
@@ -265,12 +269,22 @@ class FederatedLoop:
             Update(outcome, message) for outcome, message in arrivals if outcome.delivered and message is not None
         ]
         outcomes = [outcome for outcome, _ in arrivals]
+        for outcome in outcomes:
+            self.free_at.pop(outcome.visit.client, None)
+            if outcome.finished > closing[lane]:
+                self.free_at[outcome.visit.client] = outcome.finished
         self._book(outcomes)
         for update in updates if self.enrolled else []:
             self.devices.acknowledge(update.outcome.visit)
         self.algorithm.aggregate(server, Closed(lane, flight.stage, updates, outcomes))
         server.forget_shared()
         self.outcomes += outcomes
+
+    def _closing_time(self, flight: Flight) -> float:
+        """Enrolment waits for all: who is not enrolled would be unknown for good."""
+        if not self.enrolled:
+            return max(outcome.finished for outcome in flight.outcomes)
+        return self.algorithm.closing_time(self.server, flight.outcomes)
 
     def _book(self, outcomes: list[Outcome]) -> None:
         """What the server learns of its devices when a stage has closed."""
@@ -389,6 +403,7 @@ class FederatedLoop:
             "current": self.current,
             "done": self.done,
             "sent_bytes": self.sent_bytes,
+            "free_at": dict(self.free_at),
             "outcomes": [outcome.to_plain() for outcome in self.outcomes],
             "losses": list(self.losses),
             "loss_sum": torch.as_tensor(self.loss_sum),
@@ -418,6 +433,7 @@ class FederatedLoop:
         self.flights = {lane: _flight(flight) for lane, flight in state["flights"].items()}
         self.planned_steps, self.steps = state["planned_steps"], state["steps"]
         self.current, self.done, self.sent_bytes = state["current"], state["done"], state["sent_bytes"]
+        self.free_at = dict(state["free_at"])
         self.outcomes = [Outcome.from_plain(outcome) for outcome in state["outcomes"]]
         self.losses, self.loss_sum = list(state["losses"]), state["loss_sum"]
         self.bytes_before, self.energy_before = tuple(state["bytes_before"]), state["energy_before"]
