@@ -1,6 +1,7 @@
 import random
 from collections import OrderedDict
-from enum import IntEnum
+from dataclasses import dataclass
+from enum import Enum, IntEnum
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from edgebolt.flude.snapshot_file import read_snapshot, write_snapshot
 
 class Colour(IntEnum):
     RED = 3
+
+
+class Mode(str, Enum):  # noqa: UP042  # `str` of it is no value of it
+    FAST = "fast"
 
 
 def test_everything_comes_back(tmp_path):
@@ -33,11 +38,12 @@ def test_everything_comes_back(tmp_path):
         "ordered": OrderedDict(b=1, a=2),
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "colour": Colour.RED,
+        "mode": {Mode.FAST: Mode.FAST},
     }
     write_snapshot(tmp_path / "s.safetensors", state)
     back = read_snapshot(tmp_path / "s.safetensors")
     assert list(back) == list(state)
-    for name in ("plain", "nested", "scalar", "colour"):
+    for name in ("plain", "nested", "scalar", "colour", "mode"):
         assert back[name] == state[name], name
     assert list(back["ordered"]) == ["b", "a"]
     for name in ("tensors", "dtypes"):
@@ -106,6 +112,53 @@ def loader(shuffle=True, n=10):
     return torch.utils.data.DataLoader(range(n), batch_size=2, shuffle=shuffle)
 
 
+def test_an_exhausted_loader_stays_exhausted():
+    first = ResumableLoader(loader(), due=lambda: True)
+    assert len(list(first)) == 5
+    place = first.place()
+    second = ResumableLoader(loader(), due=lambda: False)
+    second.resume_at(place)
+    assert list(second) == [] and len(list(second)) == 5  # the next epoch is whole
+    longer = ResumableLoader(loader(n=12), due=lambda: False, resume=place)
+    with pytest.raises(ValueError, match=r"Batch 6 of the epoch"):
+        list(longer)
+
+
+class ByEpoch(torch.utils.data.Sampler):
+    epoch = 0
+
+    def __len__(self):
+        return 10
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        yield from random.Random(self.epoch).sample(range(10), 10)
+
+
+@pytest.mark.parametrize("sampler", [None, ByEpoch()])
+@pytest.mark.parametrize("over", [True, False])
+def test_an_epoch_that_has_ended_is_compared(sampler, over):
+    def made(data):
+        return torch.utils.data.DataLoader(data, batch_size=2, shuffle=sampler is None, sampler=sampler)
+
+    first = ResumableLoader(made(range(10)), due=lambda: False)
+    if sampler is not None:
+        sampler.set_epoch(3)
+    iterator = iter(first)
+    for _ in range(5 if over else 2):
+        next(iterator)
+    place = first.place_after(over, epoch=3)
+    if sampler is not None:
+        sampler.set_epoch(0)
+    before = torch.get_rng_state()
+    ResumableLoader(made(range(10)), due=lambda: False).resume_at(place)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match=r"Batch 1 of the epoch.*begin anew"):
+        ResumableLoader(made(range(1, 11)), due=lambda: False).resume_at(place)
+
+
 @pytest.mark.parametrize("drawn", range(5))
 def test_a_loader_begins_where_another_was(drawn):
     torch.manual_seed(0)
@@ -135,6 +188,7 @@ def test_another_batch_than_the_one_that_was_to_come_is_refused():
         next(iter(ResumableLoader(loader(False, n=12), due=lambda: False, resume={**place, "digest": "0"})))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_digests_tell_batches_apart():
     class Graph:
         def __init__(self, x):
@@ -143,10 +197,22 @@ def test_digests_tell_batches_apart():
         def to_dict(self):
             return {"x": self.x}
 
+    @dataclass
+    class Pair:
+        x: torch.Tensor
+        y: int = 0
+
+    sparse = torch.eye(2).to_sparse()
+    objects = np.array([1, "text"], dtype=object)
     batches = [
         torch.arange(4), torch.arange(4.0), torch.arange(4).view(2, 2), {"a": torch.arange(4)}, [torch.arange(4)],
         ("x", 1), ("x", 2), np.arange(4), None, Graph(torch.ones(1)), Graph(torch.zeros(1)), torch.zeros(0),
+        sparse, 2 * sparse, torch.eye(3).to_sparse(), sparse.to_sparse_csr(), sparse.to_sparse_csc(), np.int64(1),
+        Pair(torch.ones(1)), Pair(torch.zeros(1)), Pair(torch.ones(1), 1), objects, objects[:1],
+        torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
     ]  # fmt: skip
     digests = [digest(batch) for batch in batches]
     assert len(set(digests)) == len(batches)
     assert digest({"a": torch.arange(4)}) == digests[3]
+    assert digest(Pair(torch.ones(1))) == digest(Pair(torch.ones(1)))
+    assert digest(np.array([1, "te" + "xt"], dtype=object)) == digest(objects)

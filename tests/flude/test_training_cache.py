@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 JOB = Path(__file__).parent / "killed_job.py"
 STEPS = 12  # of the whole run: three epochs of four batches
@@ -34,13 +35,17 @@ def run():
         worker.stdin.close()
 
 
-def assert_as_if_nothing_had_happened(results, killed=True, every=1):
+def repr_of(snapshot):
+    with safe_open(snapshot, framework="pt") as file:
+        return file.metadata()["structure"]
+
+
+def assert_as_if_nothing_had_happened(results):
     (code, whole), *rest = results[0]
     assert code == 0 and not rest and whole["restored"] == [None]
     for number, fits in enumerate(results[1:]):
         *before, (code, last) = fits
-        if killed:
-            assert [code for code, _ in before] == [KILLED] * len(before), (number, before)
+        assert [code for code, _ in before] == [KILLED] * len(before), (number, before)
         assert code == 0, last
         assert {**last, "restored": None} == {**whole, "restored": None}, number
 
@@ -57,7 +62,12 @@ def assert_as_if_nothing_had_happened(results, killed=True, every=1):
         {"max_steps": STEPS},
         {"federated": True, "every": 2, "epochs": 4},
         {"reload": 1},
-        {"pair": True},
+        {"pair": "max_size_cycle"},
+        {"pair": "max_size"},
+        {"plateau": True, "validate": 2, "epochs": 4},  # it steps on a figure of an earlier epoch, too
+        {"factors": {1: 2}},
+        {"estimate": True},
+        {"stop": 2, "min_epochs": 2},
     ],
     ids=[
         "every step",
@@ -69,17 +79,29 @@ def assert_as_if_nothing_had_happened(results, killed=True, every=1):
         "federated",
         "loaders made anew",
         "two loaders",
+        "one loader exhausted",
+        "plateau",
+        "accumulated from an epoch on",
+        "loaders asked for in setup",
+        "told to stop before it may",
     ],
 )
 def test_killed_at_every_step(run, options, tmp_path):
     hook = "on_before_zero_grad" if "accumulate" in options else "on_before_optimizer_step"
-    steps = range(1, 1 + STEPS // options.get("accumulate", 1), 3 if options else 1)
+    last = 8 if "factors" in options or "stop" in options else STEPS // options.get("accumulate", 1)
+    steps = range(1, 1 + last, 3 if options else 1)
     scenarios = [[{**options, "kill": (hook, step)}, options] for step in steps]
     results = run(tmp_path, [options], *scenarios)
     assert_as_if_nothing_had_happened(results)
     every = options.get("every", 1)
     went_on = [fits[1][1]["restored"][0] for fits in results[1:]]
     assert went_on == [(step - 1) // every * every for step in steps]
+    if "federated" in options:  # large memories lie beside the snapshot, and only what it lists
+        for number in range(len(results)):
+            cache = tmp_path / str(number) / "cache"
+            listed = re.findall(r'\["edgebolt.file","(\w+-\w+)"\]', repr_of(cache / "snapshot.safetensors"))
+            assert {path.name for path in (cache / "devices").iterdir()} == {f"{name}.safetensors" for name in listed}
+            assert listed
 
 
 @pytest.mark.slow
@@ -101,6 +123,7 @@ def test_killed_in_every_phase(run, hook, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["header", "middle", "before rename", "after rename"])
 def test_torn_writes(run, how, tmp_path):
     scenarios = [[{"torn": (how, at)}, {}] for at in (1, 6, STEPS + 1)]  # the last one is that of the end
@@ -128,6 +151,7 @@ def test_a_job_that_has_ended_ends_at_once_and_may_be_prolonged(run, tmp_path):
     assert {**longer, "restored": 0} == {**whole, "restored": 0} and longer["restored"] == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,6 +159,7 @@ def test_a_job_that_has_ended_ends_at_once_and_may_be_prolonged(run, tmp_path):
         ({"weight_decay": 0.1}, r"another job: optimizers"),
         ({"batch_size": 2}, r"another job: batches of the training loader there 4, here 9"),
         ({"seed": 5}, r"Batch 3 of the epoch is not the one"),
+        ({"pair": "min_size"}, r"another job: number of training loaders there 1, here 2"),
         ({"job": {"note": 2}}, r"another job: job= there None, here \{'note': 2\}"),
     ],
 )
@@ -146,3 +171,32 @@ def test_a_changed_job_is_refused_and_nothing_is_lost(run, change, message, tmp_
     assert re.search(message, refused[1]["error"]), refused
     assert "begin anew" in refused[1]["error"]
     assert {**last[1], "restored": 0} == {**whole, "restored": 0}  # the job as it was goes on
+
+
+def test_other_data_are_refused_once_the_job_has_ended(run, tmp_path):
+    first, *refused, again = run(tmp_path, [{}, {"seed": 5}, {"seed": 5, "epochs": 4}, {}])[0]
+    for code, result in refused:
+        assert code == 1 and re.search(r"Batch 1 of the epoch is not the one", result["error"]), result
+    assert again[1] == {**first[1], "restored": [STEPS]}
+
+
+def test_a_job_that_was_stopped_stays_stopped(run, tmp_path):
+    (_, first), (_, again), (_, longer) = run(tmp_path, [{"stop": 6}, {"stop": 6}, {"stop": 6, "epochs": 5}])[0]
+    assert again == longer == {**first, "restored": [6]}
+
+
+def test_several_steps_a_batch(run, tmp_path):
+    options = {"manual": True, "every": 3}
+    results = run(tmp_path, [options], [{**options, "kill": ("on_before_optimizer_step", 6)}, options])
+    assert_as_if_nothing_had_happened(results)
+    assert results[1][1][1]["restored"] == [4]  # not 0: no batch begins at step 3
+
+
+def test_a_loader_without_a_length_is_refused(run, tmp_path):
+    ((code, result),) = run(tmp_path, [{"endless": True}])[0]
+    assert code == 1 and re.search(r"ValueError: TrainingCache.*DataLoader with a length", result["error"])
+
+
+def test_a_path_that_is_given_comes_first(run, tmp_path):
+    results = run(tmp_path, [{"epochs": 1}, {"ckpt": "last_good.ckpt"}, {"ckpt": "last.ckpt"}])[0]
+    assert [(code, result["restored"]) for code, result in results] == [(0, [None])] * 3

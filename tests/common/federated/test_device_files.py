@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from edgebolt.common.federated import IID, FedAvg, FederatedStrategy
-from edgebolt.common.federated.device_files import DeviceFiles
+from edgebolt.common.federated.device_files import DeviceFiles, remove_unlisted
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
 
@@ -66,6 +66,27 @@ def test_files_of_an_earlier_process_are_never_deleted(tmp_path):
     later.put(memories(), [0], tmp_path / "new.ckpt")
     later.forget(tmp_path / "new.ckpt")
     assert len(list((tmp_path / "devices").iterdir())) == 1
+
+
+def test_what_a_killed_process_has_left_goes_if_the_folder_is_the_checkpoints_own(tmp_path):
+    path, folder, held = tmp_path / "a.ckpt", tmp_path / "devices", memories()
+    DeviceFiles(inline_bytes=0).put(held, [0], path)  # and it was killed
+    (killed,) = folder.iterdir()
+    partial = folder / f".{killed.name}.123.partial"
+    partial.touch()
+    (folder / "notes.txt").touch()
+    files = DeviceFiles(inline_bytes=0)
+    plain = files.put(held, [0], path)
+    torch.save(plain, path)
+    (tmp_path / "b.ckpt").touch()
+    remove_unlisted(path, {"nested": [plain]})
+    assert killed.exists()  # b.ckpt may list it
+    (tmp_path / "b.ckpt").unlink()
+    remove_unlisted(path, {"nested": [plain]})
+    assert not killed.exists() and not partial.exists() and (folder / "notes.txt").exists()
+    assert equal(DeviceFiles().get(plain, path), memories())
+    remove_unlisted(path, {})  # a checkpoint so small that it needs no files
+    assert equal(DeviceFiles().get(files.put(held, [], path), path), memories())  # written again
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 
 __all__ = ["RandomStates", "ResumableLoader", "digest"]
+
+_OVER = object()
 
 
 class RandomStates:
@@ -75,8 +78,10 @@ class ResumableLoader:
         self._begun: dict[str, Any] | None = None  # random states when this epoch's iterator was made
         self._first: dict[str, Any] | None = None  # and before its first batch
         self._now: dict[str, Any] | None = None  # and before its last batch, if the place was due
+        self._mark = ""  # digest of this epoch's first batch
         self._digest = ""
         self._drawn = 0
+        self._over = False  # it was asked for a batch and had none left; its fellows may have
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -97,8 +102,31 @@ class ResumableLoader:
     def worker_init_fn(self, value: Any) -> None:
         self.loader.worker_init_fn = value
 
+    def resume_at(self, place: Mapping[str, Any]) -> None:
+        """Begin the epoch at a place that :meth:`place` or :meth:`place_after` had given.
+
+        Raises:
+            ValueError: if the first batch of an epoch that has ended cannot be drawn again, for then the data are
+                others.
+        """
+        self._resume = place
+        begun = place.get("last_epoch")
+        if begun is None:
+            return
+        here = self._states.read()
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        for sampler in (getattr(self.loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+            if sampler is not None and callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(begun["epoch"])  # Lightning sets it anew before it draws
+        self._states.write(begun["begun"])
+        iterator = iter(self.loader)
+        self._states.write(begun["first"])
+        if digest(next(iterator, None)) != begun["digest"]:
+            raise self._other_data(1)
+        self._states.write(here)
+
     def __iter__(self) -> ResumableLoader:
-        self._drawn, self._first, self._now, self._iterator = 0, None, None, None
+        self._drawn, self._first, self._now, self._iterator, self._over = 0, None, None, None, False
         if self._resume is None:
             self._begun = self._states.read()
             self._iterator = iter(self.loader)
@@ -114,17 +142,27 @@ class ResumableLoader:
         if self._first is None:
             self._first = self._states.read()
         self._now = self._states.read() if due else None
-        batch = next(self._iterator)
-        self._drawn += 1
-        self._digest = digest(batch) if due or resumed is not None else ""
+        batch = next(self._iterator, _OVER)
+        self._over = batch is _OVER
+        if self._over:
+            self._digest = "over"
+        else:
+            self._drawn += 1
+            self._digest = digest(batch) if due or resumed is not None or self._drawn == 1 else ""
+        if self._drawn == 1 and not self._over:
+            self._mark = self._digest
         if resumed is not None and resumed["digest"] and resumed["digest"] != self._digest:
-            raise ValueError(
-                f"Batch {self._drawn} of the epoch is not the one that was to come when the snapshot was taken: the "
-                "data, their transforms, the batch size or the sampler have changed, or the loader is not repeatable "
-                "(a generator inside the dataset, persistent workers). Put them back, or begin anew with another "
-                "folder."
-            )
+            raise self._other_data(resumed["drawn"] + 1)
+        if self._over:
+            raise StopIteration
         return batch
+
+    def _other_data(self, number: int) -> ValueError:
+        return ValueError(
+            f"Batch {number} of the epoch is not the one that it was when the snapshot was taken: the data, their "
+            "transforms, the batch size or the sampler have changed, or the loader is not repeatable (a generator "
+            "inside the dataset, persistent workers). Put them back, or begin anew with another folder."
+        )
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
         self._states.write(place["begun"])
@@ -133,32 +171,40 @@ class ResumableLoader:
         if place["drawn"]:
             self._states.write(place["first"])
             self._first = place["first"]
-            for _ in range(place["drawn"]):
-                next(self._iterator)
+            for number in range(place["drawn"]):
+                batch = next(self._iterator, None)
+                if not number:
+                    self._mark = digest(batch)
         self._drawn = place["drawn"]
         if place["now"] is not None:
             self._states.write(place["now"])
 
     def place(self) -> dict[str, Any]:
-        """Where the loader was before the batch that it has drawn last, which must have been due."""
+        """Where the loader was before it was asked last, which must have been due."""
         if self._now is None:
             raise RuntimeError("this place was not due")
-        drawn = self._drawn - 1
+        drawn = self._drawn - (not self._over)
         first = self._first if drawn else None
         place = {"begun": self._begun, "first": first, "now": self._now, "drawn": drawn, "digest": self._digest}
         return {**place, "length": len(self)}
 
-    def place_after(self, epoch_is_over: bool) -> dict[str, Any]:
-        """Where the loader is now, when all that it has drawn is trained."""
+    def place_after(self, epoch_is_over: bool, epoch: int) -> dict[str, Any]:
+        """Where the loader is now, when all that it has drawn in this epoch is trained."""
         now = self._states.read()
-        about = {"length": len(self), "digest": ""}
+        about: dict[str, Any] = {"length": len(self), "digest": "", "last_epoch": None}
+        if self._first is not None:
+            begun = {"epoch": epoch, "begun": self._begun, "first": self._first, "digest": self._mark}
+            about["last_epoch"] = begun
         if epoch_is_over:
             return {"begun": now, "first": None, "now": None, "drawn": 0, **about}
         return {"begun": self._begun, "first": self._first, "now": now, "drawn": self._drawn, **about}
 
 
 def digest(batch: Any) -> str:
-    """SHA-256 of a batch's numbers and texts, nested anyhow; of other objects, what ``to_dict`` says or their type."""
+    """SHA-256 of a batch's numbers and texts, nested anyhow; of other objects, what ``to_dict`` says or their type.
+
+    Objects that are neither dataclasses nor have ``to_dict`` are told apart by their type alone.
+    """
     sha = hashlib.sha256()
     _feed(batch, sha.update)
     return sha.hexdigest()
@@ -166,9 +212,16 @@ def digest(batch: Any) -> str:
 
 def _feed(node: Any, update: Callable[[bytes], None]) -> None:
     if isinstance(node, torch.Tensor):
+        if node.is_nested or node.layout != torch.strided:
+            update(f"{node.layout}".encode())
+            for part in node.unbind() if node.is_nested else _parts(node):
+                _feed(part, update)
+            return
         update(f"{node.dtype}{tuple(node.shape)}".encode())
         if node.numel():
             update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(node, np.ndarray) and node.dtype.hasobject:  # its bytes are addresses
+        _feed(node.tolist(), update)
     elif isinstance(node, np.ndarray):
         update(f"{node.dtype}{node.shape}".encode() + node.tobytes())
     elif isinstance(node, Mapping):
@@ -179,9 +232,25 @@ def _feed(node: Any, update: Callable[[bytes], None]) -> None:
         update(f"{type(node).__name__}{len(node)}".encode())
         for item in node:
             _feed(item, update)
-    elif isinstance(node, str | bytes | int | float | bool | type(None)):
+    elif isinstance(node, str | bytes | int | float | bool | np.generic | type(None)):
         update(repr(node).encode())
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        update(type(node).__qualname__.encode())
+        for field in dataclasses.fields(node):
+            _feed(getattr(node, field.name), update)
     elif hasattr(node, "to_dict"):
         _feed(node.to_dict(), update)
     else:
         update(type(node).__qualname__.encode())
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors of a sparse one."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return torch.tensor(tensor.shape), tensor.indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return torch.tensor(tensor.shape), tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return torch.tensor(tensor.shape), tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor.to_dense(),)

@@ -84,7 +84,9 @@ def _packed(node: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     for kind in (list, tuple, set, frozenset):
         if isinstance(node, kind):
             return [kind.__name__, [_packed(item, f"{place}[{i}]", tensors) for i, item in enumerate(node)]]
-    for plain in (str, int, float):  # a number or text of a class of its own
+    if isinstance(node, str):  # a text of a class of its own, which `str` may call by another name
+        return str.__str__(node)
+    for plain in (int, float):
         if isinstance(node, plain):
             return plain(node)
     raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,11 +12,18 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from edgebolt.common.federated.device_files import DeviceFiles, remove_unlisted
 from edgebolt.common.federated.round_loader import RoundLoader
 from edgebolt.flude.resumable_loader import RandomStates, ResumableLoader
 from edgebolt.flude.snapshot_file import read_snapshot, write_snapshot
@@ -36,15 +44,24 @@ class TrainingCache(OnExceptionCheckpoint):
 
     Started again after it has ended, a job ends at once with the same weights; delete the folder to train anew. With
     more epochs than before it goes on. A job that has changed is refused: another model, other optimizers or their
-    settings, a loader of another length, other samples.
+    settings, other loaders, and other samples where the next batch shows it, or the first one of the last epoch when
+    the job has ended.
 
     It is one of Lightning's ``Checkpoint`` callbacks: with ``Trainer(enable_checkpointing=False)`` Lightning refuses
     it, and beside it Lightning adds no ``ModelCheckpoint`` of its own. A path that is given to ``fit(ckpt_path=...)``
     comes before the snapshot, but for files called ``last``, which are older.
 
-    What Lightning keeps in no checkpoint is lost here too: running means of ``self.log(..., on_epoch=True)`` and the
-    states of metrics in the epoch under way. One process; datasets that draw from generators of their own cannot be
-    repeated, and are noticed by their batches.
+    What Lightning keeps in no checkpoint is lost here too: running means of ``self.log(..., on_epoch=True)`` in
+    training and the states of metrics in the epoch under way; who monitors such a mean (``EarlyStopping``,
+    ``ReduceLROnPlateau``) may decide otherwise after a kill in mid-epoch. ``on_train_epoch_start`` is not called again
+    for the epoch under way, so what it sets must be in the state of the module or callback; the factor of
+    ``GradientAccumulationScheduler`` is set. Where it left files before the kill, ``ModelCheckpoint`` writes others
+    beside them (``-v1``): ``enable_version_counter=False`` keeps their names. A job that ``max_steps`` has ended and
+    that goes on with more of them counts one epoch more. One process; datasets that draw from generators of their own
+    cannot be repeated, and are noticed by their batches.
+
+    A ``FederatedStrategy`` keeps large memories of devices in files in ``devices`` beside the snapshot. Those that the
+    snapshot does not need are deleted, if nothing else lies in the folder.
 
     Args:
         folder: where the snapshot lies, one folder a job.
@@ -77,6 +94,7 @@ class TrainingCache(OnExceptionCheckpoint):
         self._random: dict[str, Any] | None = None  # states that the first step after a restart begins with
         self._optimizers: list[Any] = []
         self._saved_at = -1
+        self._in_mid_epoch = False  # of a restart, until that epoch ends
         # Lightning looks for this callback's file as it does for one that it wrote on an exception, and says so.
         warnings.filterwarnings("ignore", r".*was called without a model\. The last model of the previous `fit`")
         warnings.filterwarnings("ignore", r".*is set, but there is no last checkpoint available")
@@ -94,10 +112,13 @@ class TrainingCache(OnExceptionCheckpoint):
             raise ValueError(f"TrainingCache serves one process and there are {trainer.world_size}: use devices=1.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._places, self._restored, self._random, self._saved_at, self.restored_step = [], None, None, -1, None
+        self._in_mid_epoch = False
         process = strategy.process_dataloader
         strategy.process_dataloader = lambda loader: self._wrapped(trainer, process(loader))
-        # The user's first, so that `trainer.checkpoint_callback` is theirs; a new list: Lightning walks the old one.
-        holder.callbacks = [*(callback for callback in holder.callbacks if callback is not self), self]
+        # The user's first, so that `trainer.checkpoint_callback` is theirs; but the snapshot comes before any of their
+        # hooks has begun a step. A new list: Lightning walks the old one.
+        others = [callback for callback in holder.callbacks if callback is not self]
+        holder.callbacks = [_BeforeOthers(self), *others, self]
 
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Give the strategy its own back. The snapshot stays."""
@@ -105,6 +126,8 @@ class TrainingCache(OnExceptionCheckpoint):
         if isinstance(strategy.checkpoint_io, _SnapshotIO):
             strategy.checkpoint_io = strategy.checkpoint_io.inner
             vars(strategy).pop("process_dataloader", None)
+        holder = cast(Any, trainer)
+        holder.callbacks = [callback for callback in holder.callbacks if not isinstance(callback, _BeforeOthers)]
 
     def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Nothing: the last snapshot was whole, this instant may not be."""
@@ -118,18 +141,32 @@ class TrainingCache(OnExceptionCheckpoint):
                 trainer.should_stop = True
             rank_zero_info(f"TrainingCache: going on from step {self.restored_step}, {self.path}")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the loaders; and Lightning begins no epoch anew, so do what a callback of its own does there."""
+        if self._restored is not None:
+            loaders = len(list(_resumable(trainer.train_dataloader)))
+            self._check("number of training loaders", loaders, len(self._restored["places"]))
+        for callback in trainer.callbacks if self._in_mid_epoch else []:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(trainer)
+
     def _wrapped(self, trainer: pl.Trainer, loader: Any) -> Any:
         if not trainer.training or isinstance(loader, RoundLoader):
             return loader
-        if not hasattr(loader, "__len__") or (hasattr(loader, "state_dict") and not isinstance(loader, DataLoader)):
+        if not _sized(loader) or (hasattr(loader, "state_dict") and not isinstance(loader, DataLoader)):
             raise ValueError(
                 f"TrainingCache cannot come back to a place in a {type(loader).__name__}: use a DataLoader with a "
                 "length."
             )
-        place = self._places.pop(0) if self._places else None
-        if place is not None:
+        wrapped = ResumableLoader(loader, lambda: self._due(trainer), cuda=self._states(trainer).cuda)
+        self._place(wrapped)
+        return wrapped
+
+    def _place(self, loader: ResumableLoader) -> None:
+        if self._places:
+            place = self._places.pop(0)
             self._check("lengths", len(loader), place["length"])
-        return ResumableLoader(loader, lambda: self._due(trainer), place, self._states(trainer).cuda)
+            loader.resume_at(place)
 
     def _check(self, name: str, here: Any, there: Any) -> None:
         if there != here:
@@ -143,11 +180,9 @@ class TrainingCache(OnExceptionCheckpoint):
     # ------------------------------------------------------------------------------------------- snapshots
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        return trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_at
+        return self._saved_at < 0 or trainer.global_step - self._saved_at >= self.every_n_steps
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def _before_step(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Take a snapshot between two steps, when all that follows the former one is done, validation too."""
         if self._random is not None:
             self._states(trainer).write(self._random)
@@ -172,14 +207,15 @@ class TrainingCache(OnExceptionCheckpoint):
     def packed(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with what it lacks: places in the loaders, random states, what the job is."""
         state = {key: value for key, value in checkpoint.items() if not key.endswith(_NOT_NEEDED)}
-        loaders, over = list(_resumable(trainer.train_dataloader)), trainer.is_last_batch
+        loaders, last = list(_resumable(trainer.train_dataloader)), (trainer.is_last_batch, trainer.current_epoch - 1)
         state[_KEY] = {
-            "places": [loader.place_after(over) if self._ended else loader.place() for loader in loaders],
+            "places": [loader.place_after(*last) if self._ended else loader.place() for loader in loaders],
             "module": _described_module(trainer.lightning_module),
             "optimizers": self._optimizers,
             "job": self.job,
             "step": trainer.global_step,
-            "stopped": bool(self._ended and trainer.should_stop),
+            "stopped": bool(trainer.should_stop),
+            "metrics": dict(trainer.callback_metrics),  # who monitors may look at one of an earlier epoch
             "random": None if self._ended else self._states(trainer).read(),
         }
         if not self._ended:
@@ -194,7 +230,54 @@ class TrainingCache(OnExceptionCheckpoint):
             self._check("job", self.job, about["job"])
             self._restored, self._places = about, list(about["places"])
             self.restored_step, self._random = about["step"], about["random"]
+            self._saved_at, self._in_mid_epoch = about["step"], about["random"] is not None
+            for loader in _resumable(trainer.train_dataloader):  # the module has asked for them in its setup
+                self._place(loader)
         return state
+
+
+class _BeforeOthers(Callback):
+    """The cache's hooks that come before those of all other callbacks."""
+
+    def __init__(self, cache: TrainingCache) -> None:
+        self.cache = cache
+        self._plateau: int | None = None  # number of an epoch whose plateau schedules are to step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.cache._restored is not None:
+            trainer.callback_metrics.update(self.cache._restored["metrics"])
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.cache._before_step(trainer, batch_idx)
+
+    # At the end of an epoch that it has restarted in the middle, Lightning leaves out the plateau schedules. They are
+    # made to step at the next instant at which a callback is asked: what others log at the end is known by then.
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.cache._in_mid_epoch and trainer.is_last_batch and pl_module.automatic_optimization:
+            self._plateau = trainer.current_epoch + 1
+        self.cache._in_mid_epoch = False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step_plateaus(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step_plateaus(trainer, pl_module)
+
+    def _step_plateaus(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch, self._plateau = self._plateau, None
+        for config in trainer.lr_scheduler_configs if epoch is not None else []:
+            if config.reduce_on_plateau and config.interval == "epoch" and cast(int, epoch) % config.frequency == 0:
+                value = trainer.callback_metrics.get(str(config.monitor))
+                if value is not None:
+                    pl_module.lr_scheduler_step(config.scheduler, value)
+                elif config.strict:
+                    raise ValueError(
+                        f"ReduceLROnPlateau monitors {config.monitor!r}, and there is only "
+                        f"{sorted(trainer.callback_metrics)}."
+                    )
 
 
 class _SnapshotIO(CheckpointIO):
@@ -206,17 +289,39 @@ class _SnapshotIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if Path(path) == self.cache.path:
             write_snapshot(self.cache.path, self.cache.packed(self.trainer, checkpoint))
+            if not isinstance(self.inner, AsyncCheckpointIO):  # else a checkpoint may be on its way to this folder
+                remove_unlisted(self.cache.path, checkpoint)
         else:
             self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        last = Path(path).stem.startswith("last") and self.trainer.state.fn == TrainerFn.FITTING
+        last = self.trainer.state.fn == TrainerFn.FITTING and self._is_last(Path(path))
         if Path(path) == self.cache.path or (last and self.cache.path.exists()):
-            return self.cache.restored(self.trainer, read_snapshot(self.cache.path))
+            # Large memories of devices lie beside the snapshot, whatever the path is called.
+            state = DeviceFiles().get({0: read_snapshot(self.cache.path)}, self.cache.path)[0]
+            return self.cache.restored(self.trainer, state)
         return self.inner.load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
+
+    def _is_last(self, path: Path) -> bool:
+        """Whether a ``ModelCheckpoint`` of this Trainer has written it with ``save_last``: ``"last"`` may mean it."""
+        return any(
+            isinstance(callback, ModelCheckpoint)
+            and callback.dirpath is not None
+            and Path(callback.dirpath).resolve() == path.parent.resolve()
+            and re.fullmatch(rf"{re.escape(callback.CHECKPOINT_NAME_LAST)}(-v?\d+)?", path.stem) is not None
+            and path.suffix == callback.FILE_EXTENSION
+            for callback in self.trainer.checkpoint_callbacks
+        )
+
+
+def _sized(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # a DataLoader of an IterableDataset has a __len__ that raises
+        return False
 
 
 def _resumable(node: Any) -> Iterator[ResumableLoader]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 
 from edgebolt.common.files import replaced
 
-__all__ = ["DeviceFiles"]
+__all__ = ["DeviceFiles", "remove_unlisted"]
 
 _FILE, _KEY = "edgebolt.file", "edgebolt.tensor"
+_OURS = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}\.safetensors|\.[0-9a-f]{64}-[0-9a-f]{8}\.safetensors\.\d+\.partial")
 
 
 class DeviceFiles:
@@ -28,7 +30,7 @@ class DeviceFiles:
 
     Files are written before the checkpoint that lists them, each to a temporary name first, so that a crash leaves at
     most a file that nothing lists. When a checkpoint is removed or replaced, the files that this process wrote and no
-    other checkpoint of this process lists go too.
+    other checkpoint of this process lists go too; :func:`remove_unlisted` removes those of other processes.
 
     Args:
         inline_bytes: memories of fewer bytes, all devices together, stay inside the checkpoint.
@@ -60,7 +62,8 @@ class DeviceFiles:
         folder = Path(checkpoint).parent / "devices"
         folder.mkdir(parents=True, exist_ok=True)
         for client, memory in memories.items():
-            if (folder, client) not in self._filed and tensors[client]:
+            known = self._filed.get((folder, client))  # whoever owns the folder may have removed its file
+            if tensors[client] and (known is None or not _path(folder, known[1]).exists()):
                 named = {str(index): tensor for index, tensor in enumerate(tensors[client])}
                 digest = self._write(folder, named)
                 keys = iter(named)
@@ -115,6 +118,33 @@ class DeviceFiles:
                 partial.write_bytes(blob)
             self._written.add(path)
         return digest
+
+
+def remove_unlisted(checkpoint: Path, state: Any) -> None:
+    """Delete what killed processes have left: device files beside a checkpoint that it does not list.
+
+    In a folder that holds anything else than that checkpoint and its ``devices``, nothing is deleted: it might be
+    another checkpoint that needs them.
+
+    Args:
+        checkpoint: the path of the checkpoint, which is on the disk.
+        state: what it holds.
+    """
+    folder = checkpoint.parent / "devices"
+    if not folder.is_dir() or set(checkpoint.parent.iterdir()) != {checkpoint, folder}:
+        return
+    listed = {_path(folder, digest) for digest in _listed(state)}
+    for path in folder.iterdir():
+        if path not in listed and _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _listed(node: Any) -> Iterator[str]:
+    if isinstance(node, dict) and _FILE in node:
+        yield node[_FILE]
+    elif isinstance(node, dict | list | tuple):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _listed(value)
 
 
 def _path(folder: Path, digest: str) -> Path:
