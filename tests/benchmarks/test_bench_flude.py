@@ -97,7 +97,7 @@ def test_run(benchmark, tmp_path, level, correlated, seed, method):
         late=fmean(outcome.reason == "late" for outcome in outcomes),
         **{key.replace("/", "_"): fmean(row[key] for row in rows) for key in rows[0] if key.startswith("flude/")},
     )
-    if method.startswith("FLUDE") and "selection" not in method:
+    if method.startswith("FLUDE"):
         info["dependability_error"] = knowledge(run)
     assert 0 <= steps < 1 and 0 <= sent_in_vain < 1
     if not short and method == "FedAvg":  # or the table does not count
