@@ -48,10 +48,12 @@ class Composed(Algorithm):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--model", default="minilm", help="or a folder, or a name on the hub")
     args = parser.parse_args()
     L.seed_everything(0)
-    data = TextClassificationData("20newsgroups", model="minilm", batch_size=8, train_samples=2000, test_samples=128)
-    module = TextClassifier("minilm", num_classes=data.num_classes, learning_rate=1e-2)
+    sizes = {"train_samples": 2000, "val_samples": 64, "test_samples": 128}
+    data = TextClassificationData("20newsgroups", model=args.model, batch_size=8, **sizes)
+    module = TextClassifier(args.model, num_classes=data.num_classes, learning_rate=1e-2)
 
     fleet = Fleet.jetson(20, speed=0.0552).undependable(Undependability(rates=(0.2, 0.4, 0.6), online=(0.5, 0.9)))
     strategy = FederatedStrategy(Composed(), Dirichlet(20, alpha=0.5), per_round=5, local_steps=3, fleet=fleet)
@@ -67,7 +69,7 @@ def main():
     accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
     print(f"accuracy {accuracy:.3f} after {trainer.current_epoch} rounds, {strategy.clock.now:.0f} simulated seconds")
     print(f"FLUDE:  {delivered} of {visits} visits delivered, {resumed} went on where one was interrupted")
-    print(f"LEGEND: {rows[-1]['legend/depth']:.1f} of 6 layers trained in the last round")
+    print(f"LEGEND: {rows[-1]['legend/depth']:.1f} of {len(module.ranks)} layers trained in the last round")
     print(f"Caesar: {ledger.down_bytes / dense:.2f} of the dense models sent down, {ledger.up_bytes / dense:.2f} up")
 
 

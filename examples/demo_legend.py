@@ -36,13 +36,13 @@ DOCUMENTS = 256  # of the test split, the same after every round
 SPEED = 0.0552  # of the boards: a sample then costs what one of 128 tokens costs RoBERTa-base at full speed
 
 
-def fit(algorithm, folder, data, rounds, per_round):
+def fit(algorithm, folder, data, rounds, devices, per_round):
     strategy = FederatedStrategy(
         algorithm,
-        clients=Dirichlet(DEVICES, alpha=ALPHA, seed=SEED),
+        clients=Dirichlet(devices, alpha=ALPHA, seed=SEED),
         per_round=per_round,
         local_steps=LOCAL_STEPS,
-        fleet=Fleet.jetson(DEVICES, seed=SEED, speed=SPEED),
+        fleet=Fleet.jetson(devices, seed=SEED, speed=SPEED),
         seed=SEED,
     )
     summary = FederatedSummary(folder, figure=False)
@@ -67,7 +67,9 @@ def without_heads(rows, model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8, help="at least 3")
+    parser.add_argument("--devices", type=int, default=DEVICES, help="among which the documents are dealt")
     parser.add_argument("--per-round", type=int, default=PER_ROUND, help="devices in a round")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of the test split, after every round")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -79,16 +81,17 @@ def main():
     transformers.logging.disable_progress_bar()
 
     data = TextClassificationData(
-        "20newsgroups", "minilm", max_tokens=TOKENS, batch_size=BATCH_SIZE, test_samples=DOCUMENTS, seed=SEED
+        "20newsgroups", "minilm", max_tokens=TOKENS, batch_size=BATCH_SIZE, test_samples=args.documents, seed=SEED
     )
     train, test = data.split("train"), data.split("test")
     guess = float(test.labels.bincount().max()) / len(test)
-    print(f"{len(train)} documents dealt to {DEVICES} devices, Dirichlet {ALPHA}; {len(test)} of the test split.")
+    print(f"{len(train)} documents dealt to {args.devices} devices, Dirichlet {ALPHA}; {len(test)} of the test split.")
 
     runs, strategies = {}, {}
     for label, algorithm in {"FedLoRA": FedLoRA(rank=RANK), "LEGEND": Legend()}.items():
         print(f"{label}: {args.rounds} rounds of {args.per_round} devices, {LOCAL_STEPS} steps each")
-        runs[label], strategies[label] = fit(algorithm, args.folder / label.lower(), data, args.rounds, args.per_round)
+        shape = (args.rounds, args.devices, args.per_round)
+        runs[label], strategies[label] = fit(algorithm, args.folder / label.lower(), data, *shape)
 
     target, picture = common_target(runs), args.folder / "legend.png"
     table = compare_table(runs)
@@ -105,7 +108,7 @@ def main():
     error = np.sqrt(target * (1 - target) / len(test))
     print(f"LEGEND reaches {target:.3f} {slow / fast:.2f} times as fast, with {less / sent:.2f} of the traffic.")
     print(f"One seed; a standard error of an accuracy is {error:.3f}. Always the most frequent class: {guess:.3f}.")
-    compare(runs, picture, title=f"20 Newsgroups, MiniLM, {DEVICES} Jetson boards", label="accuracy",
+    compare(runs, picture, title=f"20 Newsgroups, MiniLM, {args.devices} Jetson boards", label="accuracy",
             lines={"most frequent class": guess})  # fmt: skip
     print(f"Figure: {picture}. A row a round: {args.folder}/*/rounds.csv. Adapters for PEFT: {args.folder}/*/adapter")
 

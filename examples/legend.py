@@ -15,7 +15,8 @@ parser.add_argument("--epochs", type=int, default=3, help="federated: rounds")
 args = parser.parse_args()
 
 L.seed_everything(0)
-data = TextClassificationData("20newsgroups", model="minilm", batch_size=8, train_samples=2000, test_samples=128)
+sizes = {"train_samples": 2000, "val_samples": 64, "test_samples": 128}
+data = TextClassificationData("20newsgroups", model="minilm", batch_size=8, **sizes)
 module = TextClassifier("minilm", num_classes=data.num_classes, learning_rate=1e-2)
 
 fleet = Fleet.jetson(20, speed=0.0552)

