@@ -74,6 +74,7 @@ FAMILIES: dict[str, Family] = {
         norm="ln_f",
     ),
     "llama": _LLAMA,
+    "mistral": _LLAMA,
     "mpnet": Family(
         layers="encoder.layer",
         embedding="embeddings.word_embeddings",

@@ -20,12 +20,13 @@ from edgebolt.common.federated.oort import Oort
 from edgebolt.common.federated.partition import IID, ByKey, Dirichlet, Partition, Shards, Sizes
 from edgebolt.common.federated.results import common_target, read_rounds, time_to
 from edgebolt.common.federated.results_plot import compare
-from edgebolt.common.federated.results_table import compare_table, print_table
+from edgebolt.common.federated.results_table import compare_table
 from edgebolt.common.federated.round_plot import plot_round
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.strategy import FederatedStrategy
 from edgebolt.common.federated.summary import FederatedSummary
 from edgebolt.common.federated.visit import Closed, Evaluation, Outcome, Update, Visit
+from edgebolt.common.tables import print_table
 
 __all__ = [
     "IID",

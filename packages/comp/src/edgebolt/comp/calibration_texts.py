@@ -1,0 +1,86 @@
+"""From texts to the batches of token ids on which a model is pruned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Texts", "batches_of", "fingerprint"]
+
+Texts = Sequence[str] | Sequence[Sequence[int]] | Tensor
+
+
+def batches_of(
+    texts: Texts, tokenizer: Any, samples: int, length: int, batch_size: int, seed: int, padded: bool
+) -> list[dict[str, Tensor]]:
+    """Batches for a model's forward.
+
+    For a language model all texts are joined, an end token between them, and cut into pieces of ``length`` tokens, of
+    which ``samples`` are drawn. An encoder gets ``samples`` of the texts, cut at ``length`` tokens and padded.
+
+    Args:
+        texts: strings; or lists of token ids; or int64, sequences by tokens, which is taken as it is.
+        tokenizer: of the model; not needed for token ids.
+        samples: how many sequences, at most.
+        length: tokens of a sequence, at most.
+        batch_size: sequences in a batch.
+        seed: of the draw.
+        padded: keep texts apart, as encoders do.
+
+    Raises:
+        TypeError: for strings without a tokenizer.
+        ValueError: for texts that are too short to make a single sequence.
+    """
+    if isinstance(texts, Tensor):
+        if texts.dim() != 2 or texts.is_floating_point() or not len(texts):
+            raise ValueError(f"texts is a tensor of shape {tuple(texts.shape)}: use int64, sequences by tokens.")
+        return [{"input_ids": part} for part in torch.split(texts[:samples].long(), batch_size)]
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"texts={texts!r}: use a list of strings, or of lists of token ids, that is not empty.")
+    if isinstance(texts[0], str):
+        if tokenizer is None:
+            raise TypeError("texts are strings, and the model has no tokenizer: pass tokenizer=, or token ids.")
+        generator = np.random.default_rng([seed, 0])
+        order = generator.permutation(len(texts))
+        if padded:
+            chosen = [str(texts[index]) for index in order[:samples]]
+            made = [
+                tokenizer(
+                    chosen[at : at + batch_size], truncation=True, max_length=length, padding=True, return_tensors="pt"
+                )
+                for at in range(0, len(chosen), batch_size)
+            ]
+            return [dict(batch) for batch in made]
+        texts = tokenizer([str(text) for text in texts], add_special_tokens=False)["input_ids"]
+        end = tokenizer.eos_token_id
+    else:
+        end = None
+    flat: list[int] = []
+    for text in texts:
+        flat.extend(int(token) for token in text)
+        if end is not None:
+            flat.append(end)
+    pieces = len(flat) // length
+    if pieces == 0:
+        raise ValueError(
+            f"The calibration texts have {len(flat)} tokens, and a sequence takes {length}: give more text, or a "
+            "smaller length."
+        )
+    table = torch.tensor(flat[: pieces * length]).view(pieces, length)
+    drawn = np.sort(np.random.default_rng([seed, 1]).permutation(pieces)[:samples])
+    return [{"input_ids": part} for part in torch.split(table[torch.from_numpy(drawn)], batch_size)]
+
+
+def fingerprint(batches: Sequence[dict[str, Tensor]]) -> str:
+    """SHA-256 of all token ids and masks."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+            digest.update(np.ascontiguousarray(batch[name].cpu().numpy()).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""Running the layers of a model one by one: what the first gets, and what each is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgebolt.common.anatomy import Anatomy
+from edgebolt.comp.blocks import stub_type
+
+__all__ = ["Calibration", "Call", "capture", "inputs_of", "run_layer"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Calibration:
+    """Hidden states of calibration batches, and with what each layer is called.
+
+    Attributes:
+        hidden: a batch each: float32, sequences by tokens by width; what enters the first layer.
+        calls: a batch each, a layer each: the other arguments.
+        real: a batch each: bool, sequences by tokens; False where there is padding.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+    real: list[Tensor] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return sum(int(real.sum()) for real in self.real)
+
+
+class _EnoughError(Exception):
+    """The last layer was called: what comes after it need not run."""
+
+
+class _Recorder(nn.Module):
+    """Stands in a layer's place, notes what it is called with and gives the hidden states back."""
+
+    def __init__(self, notes: list[tuple[Tensor, Call]], last: bool, wrap: type[tuple[Tensor]] | None) -> None:
+        super().__init__()
+        self.notes, self.last, self.wrap = notes, last, wrap
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.notes.append((hidden, (args, kwargs)))
+        if self.last:
+            raise _EnoughError
+        return (hidden,) if self.wrap is tuple else hidden
+
+
+def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
+    """Run the model once for each batch, its layers left out, and note what the layers would have got.
+
+    Args:
+        model: a transformers model.
+        runs: each runs the model on one batch, in whatever way.
+
+    Raises:
+        ValueError: if a run did not reach the layers.
+    """
+    anatomy = Anatomy(model)
+    layers = anatomy.layers
+    dense = list(layers)
+    calibration = Calibration()
+    masks: list[Tensor | None] = []
+
+    def note_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        masks.append(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    hook = anatomy.backbone.register_forward_pre_hook(note_mask, with_kwargs=True)
+    try:
+        for run in runs:
+            notes: list[tuple[Tensor, Call]] = []
+            for index in range(len(dense)):
+                wrap = stub_type(family_of(model.config))
+                layers[index] = _Recorder(notes, index == len(dense) - 1, wrap)
+            with torch.no_grad():
+                try:
+                    run()
+                except _EnoughError:
+                    pass
+                else:
+                    raise ValueError(
+                        f"A calibration batch ran through {type(model).__name__} without reaching its last layer: "
+                        "it must call the model's forward."
+                    )
+            hidden = notes[0][0]
+            real = masks[-1]
+            real = torch.ones(hidden.shape[:2], dtype=torch.bool) if real is None else real.bool()
+            calibration.hidden.append(hidden.detach().float())
+            calibration.calls.append(_without_cache([call for _, call in notes]))
+            calibration.real.append(real.to(hidden.device))
+    finally:
+        hook.remove()
+        for index, layer in enumerate(dense):
+            layers[index] = layer
+    return calibration
+
+
+def _without_cache(calls: list[Call]) -> list[Call]:
+    """The same calls, in float32 and without a key-value cache, which a second run of a layer would add to."""
+    known: dict[int, Any] = {}  # tensors that all layers share stay one
+
+    def plain(value: Any) -> Any:
+        if id(value) in known:
+            return known[id(value)]
+        result = value
+        if isinstance(value, Tensor):
+            result = value.float() if value.is_floating_point() else value
+        elif isinstance(value, tuple):
+            result = tuple(plain(item) for item in value)
+        elif hasattr(value, "update") and hasattr(value, "get_seq_length"):
+            result = None
+        known[id(value)] = result
+        return result
+
+    return [
+        (
+            tuple(plain(value) for value in args),
+            {name: plain(value) if name != "use_cache" else False for name, value in kwargs.items()},
+        )
+        for args, kwargs in calls
+    ]
+
+
+def family_of(config: Any) -> str:
+    """``model_type`` of the dense family."""
+    return str(config.model_type).removeprefix("comp_")
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Hidden states after one layer."""
+    args, kwargs = call
+    with torch.no_grad():
+        out = layer(hidden, *args, **kwargs)
+    after: Tensor = out[0] if isinstance(out, tuple) else out
+    return after
+
+
+@contextmanager
+def inputs_of(layer: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    """A list that gets the input of the projection at ``path``, each time that the layer runs."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    hook = layer.get_submodule(path).register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()

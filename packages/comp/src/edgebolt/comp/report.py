@@ -1,0 +1,113 @@
+"""What a pruning removed, where, and how long it took: the manifest of a pruned model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgebolt.common.files import replaced
+
+if TYPE_CHECKING:
+    from edgebolt.comp.comp import Comp
+    from edgebolt.comp.plan import Plan
+    from edgebolt.comp.sweep import Seconds, Slimmed
+
+__all__ = ["Report"]
+
+
+@dataclass
+class Report:
+    """What was removed.
+
+    Attributes:
+        options: arguments of :class:`~edgebolt.comp.Comp`.
+        parameters: of the whole model, before and after.
+        ratio: share of the layers' parameters that went; differs from the wanted one by rounding, and where the
+            bound on the mask was met (``unmet``).
+        importance: of each dense layer.
+        dropped: dense layers that went as a whole.
+        layers: for each layer that is left: ``layer``, its index in the dense model; ``neurons`` and ``groups``, the
+            indices that are left; ``variance`` of the mask; ``error``, the missing share of the feed-forward output's
+            energy before and after the recovery.
+        unmet: neurons that should have gone and did not.
+        calibration: SHA-256 of the calibration tokens.
+        seconds: by stage.
+        base: the dense model's name.
+        files: bytes of weights on disk before and after; zeros for a loaded model.
+        versions: of the libraries.
+    """
+
+    options: dict[str, Any]
+    parameters: tuple[int, int]
+    ratio: float
+    importance: list[float]
+    dropped: list[int]
+    layers: list[dict[str, Any]]
+    unmet: int
+    calibration: str
+    seconds: dict[str, float]
+    base: str = ""
+    files: tuple[int, int] = (0, 0)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        options: Comp,
+        plan: Plan,
+        slimmed: dict[int, Slimmed],
+        unmet: int,
+        before: int,
+        after: int,
+        calibration: str,
+        seconds: Seconds,
+        layer_parameters: int,
+    ) -> Report:
+        """The report of a run."""
+        names = ("edgebolt-comp", "torch", "transformers", "safetensors")
+        return cls(
+            options={**asdict(options), "protect": list(options.protect)},
+            parameters=(before, after),
+            ratio=(before - after) / layer_parameters,
+            importance=plan.importance,
+            dropped=plan.dropped,
+            layers=[{"layer": index, **left.to_plain()} for index, left in sorted(slimmed.items())],
+            unmet=unmet,
+            calibration=calibration,
+            seconds=dict(seconds.by_stage),
+            versions={name: version(name) for name in names},
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all."""
+        with replaced(path) as partial:
+            Path(partial).write_text(json.dumps(self.to_plain(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read ``comp.json``."""
+        return cls.from_plain(json.loads(Path(path).read_text()))
+
+    def to_plain(self) -> dict[str, Any]:
+        """In built-ins."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Report:
+        """The inverse of :meth:`to_plain`."""
+        pairs = {name: tuple(plain[name]) for name in ("parameters", "files")}
+        return cls(**{**plain, **pairs})
+
+    def summary(self) -> str:
+        """One line."""
+        before, after = self.parameters
+        widths = [len(entry["neurons"]) for entry in self.layers]
+        unmet = f"; {self.unmet} neurons could not go within variance_bound" if self.unmet else ""
+        return (
+            f"COMP: {before / 1e6:,.1f} M parameters -> {after / 1e6:,.1f} M ({self.ratio:.1%} of the layers'); "
+            f"layers {self.dropped} dropped; {min(widths)} to {max(widths)} neurons left in the others{unmet}."
+        )

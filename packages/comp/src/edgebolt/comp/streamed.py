@@ -1,0 +1,159 @@
+"""Pruning files: a layer is read, pruned and written before the next is read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgebolt.common.files import replaced
+from edgebolt.comp.blocks import resize_layer
+from edgebolt.comp.calls import family_of
+from edgebolt.comp.checkpoint import Skeleton
+from edgebolt.comp.mpnet import kept_heads, set_kept_heads
+from edgebolt.comp.pruned_models import pruned_class, pruned_config, stock_config
+from edgebolt.comp.sweep import Slimmed
+
+__all__ = ["LayersInFiles"]
+
+ONE_FILE_UP_TO = 2 * 1024**3  # bytes; larger models stay in one file a layer
+
+
+class LayersInFiles:
+    """The layers of a checkpoint, and a folder where the pruned ones are put together.
+
+    Each pruned layer is a file of its own in ``output/.pruning`` until the last is done, so that an interrupted run
+    goes on behind the layers that it has finished.
+
+    Args:
+        skeleton: the dense model.
+        output: folder of the pruned model.
+    """
+
+    def __init__(self, skeleton: Skeleton, output: Path) -> None:
+        self.skeleton, self.output, self.config = skeleton, output, skeleton.config
+        self.kind = family_of(self.config)
+        self.parts = output / ".pruning"
+        self.dtype = skeleton.dtype
+
+    def __len__(self) -> int:
+        return len(self.skeleton.anatomy.layers)
+
+    def dense(self, index: int) -> nn.Module:
+        """Read from the checkpoint."""
+        return self.skeleton.layer(index)
+
+    def _part(self, index: int) -> Path:
+        return self.parts / f"layer-{index:05d}.safetensors"
+
+    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> nn.Module:
+        """Write a file."""
+        layer = layer.to(self.dtype)
+        tensors = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
+        plain = slimmed.to_plain()
+        if self.kind == "mpnet":
+            plain["heads"] = kept_heads(layer)
+        with replaced(self._part(index), durable=True) as partial:
+            save_file(tensors, partial, metadata={"slimmed": json.dumps(plain)})
+        return layer.float()
+
+    def stored(self, index: int) -> tuple[nn.Module, Slimmed] | None:
+        """Read that file."""
+        path = self._part(index)
+        if not path.exists():
+            return None
+        plain = self._slimmed(index)
+        layer = copy.deepcopy(self.skeleton.anatomy.layers[index])
+        resize_layer(self.kind, layer, self.config, len(plain["neurons"]), len(plain["groups"]))
+        if "heads" in plain:
+            set_kept_heads(layer, plain.pop("heads"))
+        with safe_open(path, framework="pt") as file:
+            layer.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, assign=True)  # noqa: SIM118
+        return layer.eval(), Slimmed(**{**plain, "error": tuple(plain["error"])})
+
+    def _slimmed(self, index: int) -> dict[str, Any]:
+        with safe_open(self._part(index), framework="pt") as file:
+            return dict(json.loads(file.metadata()["slimmed"]))
+
+    def assemble(self, uniform: bool) -> None:
+        """Put the pruned model together: weights, then the config, without which nothing can be loaded.
+
+        Args:
+            uniform: write a config of the stock class, all layers being equally wide.
+        """
+        positions = sorted(int(path.stem.removeprefix("layer-")) for path in self.parts.glob("layer-*.safetensors"))
+        files = self._write_weights(positions)
+        parts = [self._slimmed(index) for index in positions]
+        before = getattr(self.config, "pruned", None) or {}
+        names = before.get("layers") or list(range(len(self)))
+        pruned: dict[str, Any] = {
+            "layers": [names[index] for index in positions],
+            "neurons": [len(part["neurons"]) for part in parts],
+            "groups": [len(part["groups"]) for part in parts],
+        }
+        if self.kind == "mpnet":
+            pruned["heads"] = [part["heads"] for part in parts]
+        config = self._pruned_config(positions, pruned, uniform)
+        for path in files:
+            path.replace(self.output / path.name)
+        self._copy_beside()
+        with replaced(self.output / "config.json", durable=True) as partial:
+            partial.write_text(config.to_json_string())
+
+    def _pruned_config(self, positions: list[int], pruned: dict[str, Any], uniform: bool) -> Any:
+        config = copy.deepcopy(self.config)
+        if uniform:
+            stock_config(config, positions, pruned["neurons"][0])
+        else:
+            pruned_config(config, pruned_class(type(self.skeleton.model)), positions, pruned)
+        config.dtype = self.dtype
+        return config
+
+    def _write_weights(self, positions: list[int]) -> list[Path]:
+        """The weights under their final names, still in the folder of the parts."""
+        skeleton = self.skeleton
+        inside = f"{skeleton.anatomy.prefix}{skeleton.anatomy.family.layers}."
+        rest = {
+            name: skeleton.checkpoint.tensor(stored)
+            for name, stored in skeleton.names.items()
+            if not name.startswith(inside)
+        }
+        sizes = sum(self._part(index).stat().st_size for index in positions)
+        sizes += sum(tensor.nbytes for tensor in rest.values())
+        if sizes <= ONE_FILE_UP_TO:
+            for number, index in enumerate(positions):
+                rest.update(self._renamed(index, number))
+            path = self.parts / "model.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in rest.items()}, path, {"format": "pt"})
+            return [path]
+        count = len(positions) + 1
+        weight_map: dict[str, str] = {}
+        written = []
+        for number in range(count):
+            tensors = rest if number == 0 else self._renamed(positions[number - 1], number - 1)
+            path = self.parts / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            save_file(tensors, path, {"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, path.name))
+            written.append(path)
+        index_file = self.parts / "model.safetensors.index.json"
+        index_file.write_text(json.dumps({"metadata": {"total_size": sizes}, "weight_map": weight_map}, indent=1))
+        return [*written, index_file]
+
+    def _renamed(self, index: int, number: int) -> dict[str, Tensor]:
+        prefix = self.skeleton.layer_prefix(number)
+        with safe_open(self._part(index), framework="pt") as file:
+            return {f"{prefix}{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _copy_beside(self) -> None:
+        """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
+        for path in sorted(self.skeleton.checkpoint.folder.iterdir()):
+            weights = path.suffix in (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".onnx", ".py")
+            own = path.name in ("config.json", "comp.json", "model.safetensors.index.json")
+            if path.is_file() and not weights and not own and not path.name.startswith("."):
+                shutil.copy(path, self.output / path.name)
