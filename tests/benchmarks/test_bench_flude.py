@@ -26,7 +26,7 @@ RUNS, ROWS = {}, {}  # (level, correlated, seed, method) -> run, and -> extra_in
 def compared():
     """Once all have run: what each needed to the target that the methods of its group reach, SAFA left out.
 
-    In 6,000 steps SAFA, in which all train, has 30 rounds, and had reached 0.59 to 0.70 in a first series.
+    In 6,000 steps SAFA, in which all train, has 30 rounds, and reaches 0.53 to 0.72.
     """
     yield
     for level, correlated, seed in {key[:3]: None for key in RUNS}:

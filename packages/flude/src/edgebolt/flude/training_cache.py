@@ -49,7 +49,7 @@ class TrainingCache(OnExceptionCheckpoint):
 
     It is one of Lightning's ``Checkpoint`` callbacks: with ``Trainer(enable_checkpointing=False)`` Lightning refuses
     it, and beside it Lightning adds no ``ModelCheckpoint`` of its own. A path that is given to ``fit(ckpt_path=...)``
-    comes before the snapshot, but for files called ``last``, which are older.
+    comes before the snapshot, but for the ``save_last`` file of a ``ModelCheckpoint`` of the Trainer.
 
     What Lightning keeps in no checkpoint is lost here too: running means of ``self.log(..., on_epoch=True)`` in
     training and the states of metrics in the epoch under way; who monitors such a mean (``EarlyStopping``,
@@ -57,8 +57,8 @@ class TrainingCache(OnExceptionCheckpoint):
     for the epoch under way, so what it sets must be in the state of the module or callback; the factor of
     ``GradientAccumulationScheduler`` is set. Where it left files before the kill, ``ModelCheckpoint`` writes others
     beside them (``-v1``): ``enable_version_counter=False`` keeps their names. A job that ``max_steps`` has ended and
-    that goes on with more of them counts one epoch more. One process; datasets that draw from generators of their own
-    cannot be repeated, and are noticed by their batches.
+    that goes on with more of them counts one epoch more and leaves out one step on a plateau. One process; datasets
+    and samplers that draw from generators of their own cannot be repeated, and are noticed by their batches.
 
     A ``FederatedStrategy`` keeps large memories of devices in files in ``devices`` beside the snapshot. Those that the
     snapshot does not need are deleted, if nothing else lies in the folder.
@@ -319,9 +319,10 @@ class _SnapshotIO(CheckpointIO):
 
 def _sized(loader: Any) -> bool:
     try:
-        return len(loader) >= 0
+        len(loader)
     except (TypeError, NotImplementedError):  # a DataLoader of an IterableDataset has a __len__ that raises
         return False
+    return True
 
 
 def _resumable(node: Any) -> Iterator[ResumableLoader]:

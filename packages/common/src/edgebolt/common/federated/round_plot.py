@@ -46,8 +46,8 @@ def plot_round(
     if ax is None:
         ax = Figure(figsize=(8, 1.5 + 0.28 * len(rows)), layout="constrained").subplots()
     for row, outcome in enumerate(rows):
-        start = outcome.started
         seconds = (outcome.down_seconds, outcome.compute_seconds, outcome.up_seconds, outcome.waited)
+        start = outcome.finished - sum(seconds[:3])  # later than `started` for who ended an earlier visit first
         for (name, color), length in zip(_PARTS, seconds, strict=True):
             ax.barh(row, length, left=start, color=color, label=name if row == 0 else None)
             start += length
