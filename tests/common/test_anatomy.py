@@ -10,6 +10,7 @@ CONFIGS = {
     "bert": transformers.BertConfig(**BERT_LIKE, vocab_size=40),
     "gpt2": transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40),
     "llama": transformers.LlamaConfig(**BERT_LIKE, num_key_value_heads=1, vocab_size=40),
+    "mistral": transformers.MistralConfig(**BERT_LIKE, num_key_value_heads=1, vocab_size=40),
     "mpnet": transformers.MPNetConfig(**BERT_LIKE, vocab_size=40),
     "qwen2": transformers.Qwen2Config(**BERT_LIKE, num_key_value_heads=1, vocab_size=40),
     "roberta": transformers.RobertaConfig(**BERT_LIKE, vocab_size=40),
@@ -17,7 +18,8 @@ CONFIGS = {
 
 
 def test_every_family_has_a_model_here():
-    assert sorted(CONFIGS) == sorted(FAMILIES)
+    others = {kind for kind in FAMILIES if kind.startswith("comp_")}  # rows that edgebolt.comp adds where it is imported
+    assert sorted(CONFIGS) == sorted(set(FAMILIES) - others)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

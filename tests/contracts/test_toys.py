@@ -87,7 +87,8 @@ def test_the_parts_of_a_visits_time_are_its_time(name):
     _, rounds = outcomes_of(*row.make(), rounds=row.rounds)
     for outcome in (outcome for outcomes in rounds for outcome in outcomes):
         parts = outcome.down_seconds + outcome.compute_seconds + outcome.up_seconds
-        assert outcome.finished - outcome.started == pytest.approx(parts, rel=1e-9)
+        took = outcome.finished - outcome.started
+        assert took == pytest.approx(parts, rel=1e-9) or (outcome.visit.start is None and took > parts)  # was busy
         assert 0 <= outcome.forward_seconds <= outcome.compute_seconds
         assert bool(outcome.forward_seconds) == bool(outcome.timed_steps)
         assert outcome.timed_steps <= outcome.samples <= outcome.timed_steps * (outcome.visit.batch_size or BATCH)

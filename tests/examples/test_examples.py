@@ -256,7 +256,7 @@ def test_demo_comp(tmp_path, carriers, smollm2_cache, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("EDGEBOLT_CACHE", str(smollm2_cache))
     output = run(tmp_path, "demo_comp.py", "--samples", "8", "--tokens", "1024", "--write", "4")
-    assert abs(number(r"\(([\d.]+)% of the layers'\)", output) - 20) < 0.2
+    assert abs(number(r"\(([\d.]+)% of the\s+layers'\)", output) - 20) < 0.2
     dense, pruned = (float(value) for value in re.search(r"window 512\D+([\d.]+)\D+([\d.]+)", output).groups())
     assert 10 < dense < pruned
     assert {"demo/comp/comp.png", "demo/comp/model/comp.json", "demo/comp/model/config.json"} <= set(written(tmp_path))
