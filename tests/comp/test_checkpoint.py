@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -117,8 +118,10 @@ def test_a_config_that_does_not_name_the_class_is_refused(architectures, tmp_pat
         prune(str(dense), output=tmp_path / "small")
 
 
-def test_an_index_is_read_before_a_single_file(tmp_path):
-    saved(tiny("llama"), tmp_path, max_shard_size="4KB")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    files = Checkpoint(tmp_path).files
-    assert files == json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+def test_a_single_file_is_read_before_an_index_as_in_transformers(tmp_path):
+    saved(tiny("llama"), tmp_path / "shards", max_shard_size="4KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    assert Checkpoint(tmp_path / "shards").files == json.loads(index.read_text())["weight_map"]
+    saved(tiny("llama"), tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "shards")
+    assert set(Checkpoint(tmp_path / "shards").files.values()) == {"model.safetensors"}

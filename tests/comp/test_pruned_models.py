@@ -132,6 +132,14 @@ def test_a_new_head_on_a_pruned_encoder(pair):
     )
 
 
+def test_a_damaged_checkpoint_is_refused(pair, tmp_path):
+    small = saved(reload(pair("llama").small, "llama"), tmp_path)
+    lost = "model.layers.0.mlp.down_proj.weight"
+    rewrite(small, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors of the layers, such as \['{lost}'\]"):
+        reload(small, "llama")
+
+
 def test_a_model_built_from_a_pruned_config_has_its_sizes_and_sound_weights(pair):
     model = transformers.AutoModelForCausalLM.from_config(pair("llama").model.config)
     wanted = {name: value.shape for name, value in pair("llama").model.state_dict().items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, logits, prune, reload, same_state, saved, tiny, weights
+from tiny_models import FAMILIES, logits, prune, reload, rewrite, same_state, saved, tiny, weights
 from tiny_words import tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -175,9 +175,33 @@ def test_an_interrupted_run_with_other_options_is_refused_and_says_which(pair, t
     with pytest.raises(FileExistsError, match=r"interrupted run with other \['calibration'\]"):
         prune(dense, torch.ones(4, 8, dtype=torch.long), tmp_path / "small")
     other = saved(tiny("llama"), tmp_path / "other")
-    with pytest.raises(FileExistsError, match=r"interrupted run with other \['model'\]"):
+    with pytest.raises(FileExistsError, match=r"interrupted run with other \['model', 'weights'\]"):
         prune(str(other), output=tmp_path / "small")
     prune(dense, output=tmp_path / "small")
+
+
+def test_a_dense_model_that_has_changed_is_refused(tmp_path, monkeypatch):
+    dense = saved(tiny("llama"), tmp_path / "dense")
+    crash_at(monkeypatch, 1)
+    with pytest.raises(Crash):
+        prune(str(dense), output=tmp_path / "small")
+    rewrite(dense, lambda tensors: {name: 3 * tensor for name, tensor in tensors.items()})
+    with pytest.raises(FileExistsError, match=r"interrupted run with other \['weights'\]"):
+        prune(str(dense), output=tmp_path / "small")
+
+
+def test_a_folder_that_a_run_had_only_made_is_taken(pair, tmp_path):
+    (tmp_path / "small" / ".pruning").mkdir(parents=True)
+    prune(str(pair("llama").dense), output=tmp_path / "small")
+
+
+def test_streams_in_mapped_files_change_nothing(pair, tmp_path, monkeypatch):
+    from edgebolt.comp import comp
+
+    monkeypatch.setattr(comp, "MAPPED_ABOVE", 0)
+    made = pair("llama")
+    prune(str(made.dense), output=tmp_path / "small", prune_attention=True)
+    same_files(made.small, tmp_path / "small")
 
 
 def test_a_full_folder_is_refused(pair, tmp_path):

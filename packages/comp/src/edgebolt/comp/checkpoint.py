@@ -31,11 +31,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.exists():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.exists():
+        if single.exists():  # in the order in which transformers looks for them
             with safe_open(single, framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), single.name)
+                self.files: dict[str, str] = dict.fromkeys(file.keys(), single.name)
+        elif index.exists():
+            self.files = json.loads(index.read_text())["weight_map"]
         else:
             raise FileNotFoundError(
                 f"{folder} holds neither model.safetensors nor model.safetensors.index.json. For a checkpoint in "

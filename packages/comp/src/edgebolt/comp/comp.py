@@ -174,6 +174,10 @@ class Comp:
             FileExistsError: if ``output`` holds something else.
         """
         if isinstance(model, nn.Module):
+            if output is not None:
+                raise ValueError(
+                    f"output={str(output)!r}: a loaded model is changed in place; call its save_pretrained."
+                )
             return self._prune_loaded(model, texts, tokenizer, progress)
         if output is None:
             raise ValueError("output=None: name the folder of the pruned model, or pass a loaded model.")
@@ -228,10 +232,12 @@ class Comp:
         skeleton = Skeleton(config, Checkpoint(folder))
         if not self.uniform:
             pruned_class(type(skeleton.model))
-        job = {"comp": _plain(self), "model": name, "calibration": digest}
+        weights = sorted(folder / file for file in set(skeleton.checkpoint.files.values()))
+        stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
+        job = {"comp": _plain(self), "model": name, "weights": stamps, "calibration": digest}
         state = _open_output(output, job)
         before, total = _count(skeleton.model), sum(map(_count, skeleton.anatomy.layers))
-        dense_bytes = sum((folder / file).stat().st_size for file in set(skeleton.checkpoint.files.values()))
+        dense_bytes = sum(size for size, _ in stamps.values())
         skeleton.open_embeddings(torch.cat([batch["input_ids"].flatten() for batch in batches]))
         model = skeleton.model
         calibration = capture(model, [partial(model, **batch) for batch in batches])
@@ -334,13 +340,15 @@ def _local(name: str) -> Path:
 
 @contextlib.contextmanager
 def _streams(calibration: Calibration) -> Iterator[Streams]:
-    """The first layer's input; copies of it are mapped to files where they are large."""
+    """The first layer's input, in mapped files where it is large."""
     size = sum(batch.nbytes for batch in calibration.hidden)
     if size <= MAPPED_ABOVE:
         yield Streams(calibration.hidden)
         return
     with tempfile.TemporaryDirectory(prefix="comp-") as folder:
-        yield Streams(calibration.hidden, Path(folder))
+        mapped = Streams(calibration.hidden, Path(folder)).copy()
+        calibration.hidden.clear()
+        yield mapped
 
 
 def _open_output(output: Path, job: dict[str, Any]) -> Path:
@@ -352,13 +360,13 @@ def _open_output(output: Path, job: dict[str, Any]) -> Path:
         if was != json.loads(json.dumps(job)):
             different = sorted(
                 {key for key in job["comp"] if was["comp"].get(key) != json.loads(json.dumps(job["comp"][key]))}
-                | {key for key in ("model", "calibration") if was[key] != job[key]}
+                | {key for key in ("model", "weights", "calibration") if was[key] != job[key]}
             )
             raise FileExistsError(
                 f"{output} holds an interrupted run with other {different}: run it again as it was, or remove "
                 f"{parts}, or choose another output."
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(path != parts for path in output.iterdir()):
         raise FileExistsError(f"output={str(output)!r} is not empty: choose a new folder.")
     parts.mkdir(parents=True, exist_ok=True)
     with replaced(note, durable=True) as partial_file:

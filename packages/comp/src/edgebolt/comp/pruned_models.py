@@ -54,14 +54,28 @@ class _Resized:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but for ``ignore_mismatched_sizes``, which would fill weights with random numbers."""
+        """As in transformers, but that no weight of a layer is ever filled with random numbers.
+
+        Raises:
+            ValueError: for ``ignore_mismatched_sizes=True``, and for a checkpoint that lacks a layer's tensor.
+        """
         if kwargs.get("ignore_mismatched_sizes"):
             raise ValueError(
                 "ignore_mismatched_sizes=True would replace weights that do not fit by random ones. A pruned model "
                 "has its sizes in its config: leave the argument out. For a new head, load the model without it and "
                 "put the head on."
             )
-        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)  # type: ignore[misc]
+        anatomy = Anatomy(model)
+        inside = f"{anatomy.prefix}{anatomy.family.layers}."
+        missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} tensors of the layers, such as {missing[:3]}: it is damaged, or "
+                "was written by something else. Prune the dense model again."
+            )
+        return (model, info) if told else model
 
 
 def resize_model(model: nn.Module) -> None:

@@ -84,7 +84,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
-        with replaced(path) as partial:
+        with replaced(path, durable=True) as partial:
             Path(partial).write_text(json.dumps(self.to_plain(), indent=1))
 
     @classmethod

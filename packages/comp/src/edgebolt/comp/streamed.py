@@ -88,7 +88,7 @@ class LayersInFiles:
             uniform: write a config of the stock class, all layers being equally wide.
         """
         positions = sorted(int(path.stem.removeprefix("layer-")) for path in self.parts.glob("layer-*.safetensors"))
-        files = self._write_weights(positions)
+        self._write_weights(positions)
         parts = [self._slimmed(index) for index in positions]
         before = getattr(self.config, "pruned", None) or {}
         names = before.get("layers") or list(range(len(self)))
@@ -100,8 +100,6 @@ class LayersInFiles:
         if self.kind == "mpnet":
             pruned["heads"] = [part["heads"] for part in parts]
         config = self._pruned_config(positions, pruned, uniform)
-        for path in files:
-            path.replace(self.output / path.name)
         self._copy_beside()
         with replaced(self.output / "config.json", durable=True) as partial:
             partial.write_text(config.to_json_string())
@@ -115,8 +113,8 @@ class LayersInFiles:
         config.dtype = self.dtype
         return config
 
-    def _write_weights(self, positions: list[int]) -> list[Path]:
-        """The weights under their final names, still in the folder of the parts."""
+    def _write_weights(self, positions: list[int]) -> None:
+        """One file, or one for each layer of a large model and one for the rest."""
         skeleton = self.skeleton
         inside = f"{skeleton.anatomy.prefix}{skeleton.anatomy.family.layers}."
         rest = {
@@ -129,21 +127,21 @@ class LayersInFiles:
         if sizes <= ONE_FILE_UP_TO:
             for number, index in enumerate(positions):
                 rest.update(self._renamed(index, number))
-            path = self.parts / "model.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in rest.items()}, path, {"format": "pt"})
-            return [path]
+            self._save(rest, "model.safetensors")
+            return
         count = len(positions) + 1
         weight_map: dict[str, str] = {}
-        written = []
         for number in range(count):
             tensors = rest if number == 0 else self._renamed(positions[number - 1], number - 1)
-            path = self.parts / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            save_file(tensors, path, {"format": "pt"})
-            weight_map.update(dict.fromkeys(tensors, path.name))
-            written.append(path)
-        index_file = self.parts / "model.safetensors.index.json"
-        index_file.write_text(json.dumps({"metadata": {"total_size": sizes}, "weight_map": weight_map}, indent=1))
-        return [*written, index_file]
+            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._save(tensors, name)
+            weight_map.update(dict.fromkeys(tensors, name))
+        with replaced(self.output / "model.safetensors.index.json", durable=True) as partial:
+            partial.write_text(json.dumps({"metadata": {"total_size": sizes}, "weight_map": weight_map}, indent=1))
+
+    def _save(self, tensors: dict[str, Tensor], name: str) -> None:
+        with replaced(self.output / name, durable=True) as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
 
     def _renamed(self, index: int, number: int) -> dict[str, Tensor]:
         prefix = self.skeleton.layer_prefix(number)
