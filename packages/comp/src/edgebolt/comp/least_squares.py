@@ -119,10 +119,11 @@ def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
 def factor(gram: Tensor, ridge: float) -> Tensor:
     """Lower Cholesky factor of ``gram + ridge I``."""
     unit = float(gram.diagonal().mean())
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(12):
         lower: Tensor
-        lower, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+        regular = gram.clone()
+        regular.diagonal().add_(ridge)
+        lower, failed = torch.linalg.cholesky_ex(regular)
         if not failed:
             return lower
         ridge = max(10 * ridge, 1e-12 * unit, torch.finfo(gram.dtype).tiny)

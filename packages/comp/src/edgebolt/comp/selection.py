@@ -50,11 +50,12 @@ def select(
         order = torch.sort(importance, stable=True).indices  # ties: the lower index goes
         gone, left = order[:size].sort().values, order[size:].sort().values
         # Without the units R: m_K - P_KR P_RR⁻¹ m_R and P_KK - P_KR P_RR⁻¹ P_RK solve the problem on the rest.
-        coupling = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, left])
-        smaller = inverse[left][:, left] - inverse[left][:, gone] @ coupling
+        rows = inverse[gone]
+        coupling = torch.linalg.solve(rows[:, gone], rows[:, left])
+        smaller = inverse.index_select(0, left).index_select(1, left).addmm_(rows[:, left].T, coupling, alpha=-1)
         smaller_mask = mask[left] - coupling.T @ mask[gone]
         if calm(problem, kept[left], smaller_mask, variance_bound, ridge):
-            kept, inverse, mask = kept[left], (smaller + smaller.T) / 2, smaller_mask
+            kept, inverse, mask = kept[left], smaller.add_(smaller.T.clone()).div_(2), smaller_mask
             remove -= len(gone)
         elif size > 1:
             size //= 2

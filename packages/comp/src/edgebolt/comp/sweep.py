@@ -181,7 +181,10 @@ def prune_layers(
     student = teacher  # until something is removed
     slimmed: dict[int, Slimmed] = {}
     unmet = 0
+    layer: nn.Module
+    small: nn.Module
     for index in range(len(layers)):
+        layer = small = nn.Identity()  # the last one's memory is free before the next is read
         with seconds.spent("load"):
             layer = layers.dense(index)
         total = ffn_block(layers.kind, layer).units
