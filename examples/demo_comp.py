@@ -18,7 +18,7 @@ import transformers
 from edgebolt.common.tables import print_table
 from edgebolt.common.text import find_model
 from edgebolt.comp import Comp
-from edgebolt.comp.__main__ import read_texts
+from edgebolt.comp.calibration_texts import read_texts
 from edgebolt.comp.evaluation import measured_memory, perplexity
 from edgebolt.comp.figure import draw
 

@@ -13,7 +13,7 @@ from edgebolt.comp.blocks import (
     ffn_block,
     keep_heads,
     keep_neurons,
-    layer_parameters,
+    parameter_count,
     resize_layer,
     unit_parameters,
 )
@@ -145,18 +145,18 @@ def test_parameters_are_the_same_objects_without_old_gradients(kind):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_unit_takes_as_many_parameters_along_as_is_planned_with(kind):
     family, model, layer, *_ = one_layer(kind)
-    before = layer_parameters(layer)
+    before = parameter_count(layer)
     block = ffn_block(family, layer)
     assert (block.unit, block.units) == (1, INNER)
     one = unit_parameters(family, block, layer, model.config)
     keep_neurons(family, layer, torch.arange(block.units - 1))
-    assert before - layer_parameters(layer) == one
-    before = layer_parameters(layer)
+    assert before - parameter_count(layer) == one
+    before = parameter_count(layer)
     block = attention_block(family, layer, model.config)
     assert block.unit * block.units == HEADS * HEAD
     one = unit_parameters(family, block, layer, model.config)
     keep_heads(family, layer, torch.arange(block.units - 1), model.config)
-    assert before - layer_parameters(layer) == one
+    assert before - parameter_count(layer) == one
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -3,7 +3,7 @@ import torch
 from tiny_models import ENCODERS, FAMILIES, LAYERS, WORDS, ids, logits, tiny
 
 from edgebolt.common.anatomy import Anatomy
-from edgebolt.comp.calls import capture, inputs_of, run_layer
+from edgebolt.comp.calls import capture, run_layer, watching
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,17 @@ def test_hidden_states_are_float32_whatever_the_model_is():
     assert cos.dtype == sin.dtype == torch.float32
 
 
-def test_inputs_of_a_projection():
+def test_what_a_projection_gets_and_gives():
     layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     x = torch.randn(5, 3)
-    with inputs_of(layer, "1") as seen:
+    with watching(layer, "1") as seen:
         layer(x)
     layer(x)
-    assert len(seen) == 1 and torch.equal(seen[0], layer[0](x))
+    ((inputs, outputs),) = seen
+    assert torch.equal(inputs, layer[0](x)) and torch.equal(outputs, layer(x))
+    with pytest.raises(RuntimeError), watching(layer, "1"):
+        layer(x[:, :2])
+    assert not layer[1]._forward_hooks  # after an error too
 
 
 def test_left_padding_counts_as_padding():

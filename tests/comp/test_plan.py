@@ -3,7 +3,7 @@ from tiny_models import INNER, LAYERS, tiny
 
 from edgebolt.common.anatomy import Anatomy
 from edgebolt.comp import Comp
-from edgebolt.comp.blocks import layer_parameters
+from edgebolt.comp.blocks import parameter_count
 from edgebolt.comp.plan import Plan, make_plan
 
 IMPORTANCE = [0.9, 0.2, 0.1, 0.3]
@@ -16,7 +16,7 @@ def plan(kind="llama", **options):
 
 
 def removed(made, layers, neuron=3 * 16, group=2 * 16 * (4 + 8)):
-    gone = sum(layer_parameters(layers[index]) for index in made.dropped)
+    gone = sum(parameter_count(layers[index]) for index in made.dropped)
     return gone + sum(made.neurons) * neuron + sum(made.groups) * group
 
 
@@ -25,7 +25,7 @@ def removed(made, layers, neuron=3 * 16, group=2 * 16 * (4 + 8)):
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_the_ratio_is_met_within_half_a_neuron(ratio, attention, depth):
     made, layers = plan(ratio=ratio, depth_fraction=depth, prune_attention=attention, round_to=1, largest_rate=0.95)
-    wanted = ratio * sum(map(layer_parameters, layers))
+    wanted = ratio * sum(map(parameter_count, layers))
     assert abs(removed(made, layers) - wanted) <= 3 * 16 / 2
     assert len(made.dropped) == int(ratio * depth * LAYERS)
     assert all(made.neurons[index] == made.groups[index] == 0 for index in made.dropped)

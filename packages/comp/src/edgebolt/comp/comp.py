@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from edgebolt.common.files import replaced
 from edgebolt.common.text import find_model
 from edgebolt.comp.allocation import Allocation
+from edgebolt.comp.blocks import attention_block, ffn_block, parameter_count
 from edgebolt.comp.calibration_texts import Texts, batches_of, fingerprint
-from edgebolt.comp.calls import Calibration, capture
+from edgebolt.comp.calls import Calibration, capture, capture_batches
 from edgebolt.comp.checkpoint import Checkpoint, Skeleton
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.plan import Plan, make_plan
@@ -196,27 +197,20 @@ class Comp:
         if not self.uniform:
             pruned_class(type(model))  # raises now rather than after the work
         layers = LayersInMemory(model)
-        before, total = _count(model), sum(map(_count, layers.layers))
+        before, total = parameter_count(model), sum(map(parameter_count, layers.layers))
+        units = _units(layers, list(layers.layers))
         seconds, bar = Seconds(), _bar(len(layers), progress)
         with bar:
             plan, slimmed, unmet = self._passes(layers, list(layers.layers), calibration, seconds, bar, None)
         if self.ratio:
             layers.apply(self.uniform)
-        return Report.of(self, plan, slimmed, unmet, before, _count(model), digest, seconds, total)
+        after = parameter_count(model)
+        return Report.of(self, plan, slimmed, unmet, before, after, digest, seconds, total, units)
 
     def _prune_loaded(self, model: Any, texts: Texts, tokenizer: Any, progress: bool) -> Report:
         kind = self._check(getattr(model, "config", None))
         batches = self._batches(texts, tokenizer, kind)
-        device = next(model.parameters()).device
-        training = model.training
-        model.eval()
-        try:
-            runs: list[Callable[[], object]] = [
-                partial(model, **{name: tensor.to(device) for name, tensor in batch.items()}) for batch in batches
-            ]
-            calibration = capture(model, runs)
-        finally:
-            model.train(training)
+        calibration = capture_batches(model, batches)
         return self.prune_captured(model, calibration, fingerprint(batches), progress)
 
     def _prune_files(self, name: str, texts: Texts, output: Path, tokenizer: Any, progress: bool) -> Report:
@@ -236,12 +230,13 @@ class Comp:
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
         job = {"comp": _plain(self), "model": name, "weights": stamps, "calibration": digest}
         state = _open_output(output, job)
-        before, total = _count(skeleton.model), sum(map(_count, skeleton.anatomy.layers))
+        before, total = parameter_count(skeleton.model), sum(map(parameter_count, skeleton.anatomy.layers))
         dense_bytes = sum(size for size, _ in stamps.values())
         skeleton.open_embeddings(torch.cat([batch["input_ids"].flatten() for batch in batches]))
         model = skeleton.model
         calibration = capture(model, [partial(model, **batch) for batch in batches])
         layers = LayersInFiles(skeleton, output)
+        units = _units(layers, list(skeleton.anatomy.layers))
         seconds, bar = Seconds(), _bar(len(layers), progress)
         with bar:
             plan, slimmed, unmet = self._passes(
@@ -250,7 +245,7 @@ class Comp:
         with seconds.spent("write"):
             layers.assemble(self.uniform)
         after = before - _removed(skeleton, output)
-        report = Report.of(self, plan, slimmed, unmet, before, after, digest, seconds, total)
+        report = Report.of(self, plan, slimmed, unmet, before, after, digest, seconds, total, units)
         report.base = name
         small_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         report.files = (dense_bytes, small_bytes)
@@ -310,10 +305,6 @@ def _plain(options: Comp) -> dict[str, Any]:
     return {**asdict(options), "protect": list(options.protect)}
 
 
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _removed(skeleton: Skeleton, output: Path) -> int:
     """Parameters that the files no longer hold."""
     small = Checkpoint(output)
@@ -322,6 +313,12 @@ def _removed(skeleton: Skeleton, output: Path) -> int:
         after += small.tensor(name).numel()
     dense = sum(skeleton.checkpoint.tensor(stored).numel() for stored in skeleton.names.values())
     return dense - after
+
+
+def _units(layers: Layers, modules: list[nn.Module]) -> tuple[int, int]:
+    """Neurons and key-value heads of the largest layer."""
+    neurons = max(ffn_block(layers.kind, layer).units for layer in modules)
+    return neurons, max(attention_block(layers.kind, layer, layers.config).units for layer in modules)
 
 
 def _bar(layers: int, progress: bool) -> Any:

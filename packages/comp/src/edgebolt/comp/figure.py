@@ -30,13 +30,13 @@ def draw(report: Report, path: str | os.PathLike[str]) -> Figure:
         raise ModuleNotFoundError("The figure needs matplotlib: pip install 'edgebolt-comp[plot]'") from error
     count = len(report.importance)
     left = {entry["layer"]: entry for entry in report.layers}
-    parts = [("neurons", "feed-forward neurons", "tab:blue")]
+    neurons, groups = report.units
+    parts = [("neurons", "feed-forward neurons", neurons, "tab:blue")]
     if report.options["prune_attention"]:
-        parts.append(("groups", "key-value heads", "tab:green"))
+        parts.append(("groups", "key-value heads", groups, "tab:green"))
     figure = Figure(figsize=(max(6.0, 0.25 * count), 4.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    for number, (key, label, color) in enumerate(parts):
-        total = max(max(entry[key], default=0) + 1 for entry in report.layers)
+    for number, (key, label, total, color) in enumerate(parts):
         shares = [len(left[index][key]) / total if index in left else 0.0 for index in range(count)]
         width = 0.8 / len(parts)
         places = [index + (number - (len(parts) - 1) / 2) * width for index in range(count)]

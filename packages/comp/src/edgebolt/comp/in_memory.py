@@ -13,7 +13,7 @@ from edgebolt.common.anatomy import FAMILIES, Anatomy
 from edgebolt.comp.blocks import keep_heads, keep_neurons
 from edgebolt.comp.calls import family_of
 from edgebolt.comp.mpnet import kept_heads
-from edgebolt.comp.pruned_models import as_pruned, as_stock, renumber
+from edgebolt.comp.pruned_models import as_pruned, renumber, stock_config
 from edgebolt.comp.sweep import Slimmed
 
 __all__ = ["LayersInMemory", "cut"]
@@ -50,7 +50,7 @@ def cut(model: Any, left: Mapping[int, Slimmed], uniform: bool = False) -> None:
             del layers[index]
     renumber(layers)
     if uniform:
-        as_stock(model, positions, pruned["neurons"][0])
+        stock_config(config, positions, pruned["neurons"][0])
     else:
         as_pruned(model, positions, pruned)
 

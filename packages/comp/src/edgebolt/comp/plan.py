@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgebolt.comp.allocation import layers_to_drop, removal_rates, whole_units
-from edgebolt.comp.blocks import attention_block, ffn_block, layer_parameters, unit_parameters
+from edgebolt.comp.blocks import attention_block, ffn_block, parameter_count, unit_parameters
 
 if TYPE_CHECKING:
     from edgebolt.comp.comp import Comp
@@ -74,7 +74,7 @@ def make_plan(kind: str, config: Any, layers: list[nn.Module], importance: list[
         ValueError: if so much cannot go.
     """
     count = len(layers)
-    sizes = [layer_parameters(layer) for layer in layers]
+    sizes = [parameter_count(layer) for layer in layers]
     dropped = layers_to_drop(importance, options.ratio, options.depth_fraction, options.protect)
     left = [index for index in range(count) if index not in dropped]
     remove = options.ratio * sum(sizes) - sum(sizes[index] for index in dropped)

@@ -23,7 +23,6 @@ from edgebolt.comp.mpnet import set_kept_heads
 __all__ = [
     "KINDS",
     "as_pruned",
-    "as_stock",
     "is_pruned",
     "layer_lists",
     "pruned_class",
@@ -167,11 +166,6 @@ def pruned_config(config: Any, target: type, positions: list[int], pruned: dict[
     config.__class__ = target.config_class  # type: ignore[attr-defined]
     config.pruned = pruned
     config.architectures = [target.__name__]
-
-
-def as_stock(model: Any, positions: list[int], width: int) -> None:
-    """The same where all layers are equally wide: the model stays of its class."""
-    stock_config(model.config, positions, width)
 
 
 def stock_config(config: Any, positions: list[int], width: int) -> None:

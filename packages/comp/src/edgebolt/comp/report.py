@@ -34,6 +34,7 @@ class Report:
             indices that are left; ``variance`` of the mask; ``error``, the missing share of the feed-forward output's
             energy before and after the recovery.
         unmet: neurons that should have gone and did not.
+        units: neurons and key-value heads of a dense layer; of the largest, where they differ.
         calibration: SHA-256 of the calibration tokens.
         seconds: by stage.
         base: the dense model's name.
@@ -52,6 +53,7 @@ class Report:
     seconds: dict[str, float]
     base: str = ""
     files: tuple[int, int] = (0, 0)
+    units: tuple[int, int] = (0, 0)
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -66,6 +68,7 @@ class Report:
         calibration: str,
         seconds: Seconds,
         layer_parameters: int,
+        units: tuple[int, int],
     ) -> Report:
         """The report of a run."""
         names = ("edgebolt-comp", "torch", "transformers", "safetensors")
@@ -79,6 +82,7 @@ class Report:
             unmet=unmet,
             calibration=calibration,
             seconds=dict(seconds.by_stage),
+            units=units,
             versions={name: version(name) for name in names},
         )
 
@@ -99,7 +103,7 @@ class Report:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Report:
         """The inverse of :meth:`to_plain`."""
-        pairs = {name: tuple(plain[name]) for name in ("parameters", "files")}
+        pairs = {name: tuple(plain[name]) for name in ("parameters", "files", "units")}
         return cls(**{**plain, **pairs})
 
     def summary(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebolt.comp.blocks import Block, attention_block, ffn_block, keep_heads, keep_neurons, matrix
-from edgebolt.comp.calls import Calibration, run_layer
+from edgebolt.comp.calls import Calibration, Call, run_layer, watching
 from edgebolt.comp.importance import BlockInfluence
 from edgebolt.comp.least_squares import Sublayer
 from edgebolt.comp.plan import Plan
@@ -140,19 +140,6 @@ def layer_importance(
         scores.append(influence.value)
         done()
     return scores
-
-
-class _Watch:
-    """Inputs and outputs of one projection, noted as the layer runs."""
-
-    def __init__(self, layer: nn.Module, path: str) -> None:
-        self.module = layer.get_submodule(path)
-        self.inputs = self.outputs = torch.empty(0)
-        self.hook = self.module.register_forward_hook(self._note)
-
-    def _note(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        bias: Any = module.bias
-        self.inputs, self.outputs = args[0], out if bias is None else out - bias
 
 
 def prune_layers(
@@ -308,20 +295,14 @@ def _sums(
     for batch, entering in enumerate(teacher.batches):
         call = calibration.calls[batch][index]
         with seconds.spent("teacher"):
-            watch = _Watch(dense, block.consumer)
-            out = run_layer(dense, entering, call)
-            watch.hook.remove()
-        inputs, target = watch.inputs, watch.outputs
+            out, inputs, target = _watched(dense, block, entering, call)
         if not same:
             with seconds.spent("student"):
-                watch = _Watch(layer, block.consumer)
-                out_student = run_layer(layer, student.batches[batch], call)
-                watch.hook.remove()
-            inputs = watch.inputs
+                out_student, inputs, given = _watched(layer, block, student.batches[batch], call)
             if options.target == "residual":
                 # What the dense model has after the sum, less what this model brings to it by the other way.
                 if block.name == "ffn":
-                    target = out - out_student + watch.outputs
+                    target = out - out_student + given
                 else:
                     target = target + entering - student.batches[batch]
         with seconds.spent("sums"):
@@ -330,3 +311,12 @@ def _sums(
         if last:
             entering.copy_(out)
     return sums
+
+
+def _watched(layer: nn.Module, block: Block, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """What leaves the layer; what its projection gets, and gives before its bias."""
+    with watching(layer, block.consumer) as seen:
+        out = run_layer(layer, hidden, call)
+    ((inputs, given),) = seen
+    bias: Any = layer.get_submodule(block.consumer).bias
+    return out, inputs, given if bias is None else given - bias

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgebolt.comp.blocks import Block, features, layer_parameters, matrix, unit_parameters
+from edgebolt.comp.blocks import Block, features, matrix, parameter_count, unit_parameters
+from edgebolt.comp.calls import capture_batches
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.rivals.inputs import InputSums, measure
-from edgebolt.comp.rivals.rival import Batches, Rival, Selection, captured, whole
+from edgebolt.comp.rivals.rival import Batches, Rival, Selection, whole
 from edgebolt.comp.rivals.units import blocks_of
 from edgebolt.comp.sweep import Slimmed
 
@@ -56,7 +57,7 @@ class Flap(Rival):
 
     def choose(self, model: Any, layers: LayersInMemory, batches: Batches, ratio: float) -> Selection:
         """As in :class:`Rival`."""
-        calibration = captured(model, batches)
+        calibration = capture_batches(model, batches)
         hidden, scores, means = calibration.hidden, {}, {}
         for index in range(len(layers)):
             layer, blocks = layers.dense(index), blocks_of(layers, index, self.attention)
@@ -69,7 +70,7 @@ class Flap(Rival):
 
     def _cut(self, layers: LayersInMemory, scores: dict[tuple[int, str], Tensor], ratio: float) -> dict[int, Slimmed]:
         """The lowest of all layers go, as long as that brings the parameters nearer to what is asked for."""
-        rest, kept = ratio * sum(map(layer_parameters, layers.layers)), whole(layers)
+        rest, kept = ratio * sum(map(parameter_count, layers.layers)), whole(layers)
         gain, price = {}, {}
         for index, name in scores:
             block = {block.name: block for block in blocks_of(layers, index, True)}[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebolt.comp.blocks import Block
-from edgebolt.comp.calls import Calibration, inputs_of, run_layer
+from edgebolt.comp.calls import Calibration, run_layer, watching
 
 __all__ = ["InputSums", "advance", "measure"]
 
@@ -68,10 +68,10 @@ def measure(
     leaving = []
     for batch, entering in enumerate(hidden):
         with ExitStack() as stack:
-            seen = {block.name: stack.enter_context(inputs_of(layer, block.consumer)) for block in blocks}
+            seen = {block.name: stack.enter_context(watching(layer, block.consumer)) for block in blocks}
             leaving.append(run_layer(layer, entering, calibration.calls[batch][index]))
-        for name, inputs in seen.items():
-            sums[name].add(inputs[0][calibration.real[batch]])
+        for name, ((inputs, _),) in seen.items():
+            sums[name].add(inputs[calibration.real[batch]])
     return sums, leaving
 
 

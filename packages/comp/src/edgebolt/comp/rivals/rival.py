@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgebolt.comp.blocks import attention_block, ffn_block, keep_heads, keep_neurons, layer_parameters
+from edgebolt.comp.blocks import attention_block, ffn_block, keep_heads, keep_neurons, parameter_count
 from edgebolt.comp.calibration_texts import fingerprint
-from edgebolt.comp.calls import Calibration, capture
 from edgebolt.comp.in_memory import LayersInMemory, cut
 from edgebolt.comp.report import Report
 from edgebolt.comp.support import check_supported
@@ -64,7 +62,7 @@ class Rival(ABC):
         if not batches:
             raise ValueError("batches is empty: give at least one batch of token ids.")
         layers, seconds = LayersInMemory(model), Seconds()
-        before, total, depth = _count(model), sum(map(layer_parameters, layers.layers)), len(layers)
+        before, total, depth = parameter_count(model), sum(map(parameter_count, layers.layers)), len(layers)
         training = model.training
         model.eval()
         try:
@@ -75,7 +73,7 @@ class Rival(ABC):
         with seconds.spent("write"):
             if ratio:
                 _remove(layers, chosen)
-        after = _count(model)
+        after = parameter_count(model)
         names = ("edgebolt-comp", "torch", "transformers", "safetensors")
         return Report(
             options={"rival": type(self).__name__, "ratio": ratio, **asdict(self)},
@@ -139,16 +137,3 @@ def whole(layers: LayersInMemory) -> dict[int, Slimmed]:
         )
         for index, layer in enumerate(layers.layers)
     }
-
-
-def captured(model: Any, batches: Batches) -> Calibration:
-    """The hidden states before the first layer, and what each layer is called with."""
-    device = next(model.parameters()).device
-    runs: list[Callable[[], object]] = [
-        partial(model, **{name: tensor.to(device) for name, tensor in batch.items()}) for batch in batches
-    ]
-    return capture(model, runs)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

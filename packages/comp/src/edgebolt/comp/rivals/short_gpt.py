@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edgebolt.comp.blocks import layer_parameters
-from edgebolt.comp.calls import run_layer
+from edgebolt.comp.blocks import parameter_count
+from edgebolt.comp.calls import capture_batches, run_layer
 from edgebolt.comp.importance import BlockInfluence
 from edgebolt.comp.in_memory import LayersInMemory
-from edgebolt.comp.rivals.rival import Batches, Rival, Selection, captured, whole
+from edgebolt.comp.rivals.rival import Batches, Rival, Selection, whole
 
 __all__ = ["ShortGpt"]
 
@@ -38,7 +38,7 @@ class ShortGpt(Rival):
     def choose(self, model: Any, layers: LayersInMemory, batches: Batches, ratio: float) -> Selection:
         """As in :class:`Rival`."""
         influence = block_influence(model, layers, batches)
-        sizes = [layer_parameters(layer) for layer in layers.layers]
+        sizes = [parameter_count(layer) for layer in layers.layers]
         rest, kept = ratio * sum(sizes), whole(layers)
         for index in sorted(range(len(layers)), key=lambda index: influence[index]):
             if rest < sizes[index] / 2 or len(kept) == 1:
@@ -50,7 +50,7 @@ class ShortGpt(Rival):
 
 def block_influence(model: Any, layers: LayersInMemory, batches: Batches) -> list[float]:
     """Block Influence of each layer of the dense model, over all tokens that are no padding."""
-    calibration = captured(model, batches)
+    calibration = capture_batches(model, batches)
     hidden, found = calibration.hidden, []
     for index in range(len(layers)):
         layer, influence, leaving = layers.dense(index), BlockInfluence(), []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebolt.common.anatomy import FAMILIES
-from edgebolt.comp.blocks import Block, attention_block, ffn_block, layer_parameters, unit_parameters
+from edgebolt.comp.blocks import Block, attention_block, ffn_block, parameter_count, unit_parameters
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.rivals.rival import whole
 from edgebolt.comp.sweep import Slimmed
@@ -84,7 +84,7 @@ def uniform_counts(
     Raises:
         ValueError: if so much cannot go; the message says by how much it is too much.
     """
-    remove = ratio * sum(map(layer_parameters, layers.layers))
+    remove = ratio * sum(map(parameter_count, layers.layers))
     blocks = {index: {block.name: block for block in blocks_of(layers, index, attention)} for index in chosen}
     sizes = {
         index: {

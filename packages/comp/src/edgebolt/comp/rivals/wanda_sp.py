@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgebolt.comp.blocks import Block, matrix
+from edgebolt.comp.calls import capture_batches
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.rivals.inputs import InputSums, advance, measure
-from edgebolt.comp.rivals.rival import Batches, Rival, Selection, captured, slim, whole
+from edgebolt.comp.rivals.rival import Batches, Rival, Selection, slim, whole
 from edgebolt.comp.rivals.units import blocks_of, lowest, uniform_counts
 
 __all__ = ["WandaSp"]
@@ -46,7 +47,7 @@ class WandaSp(Rival):
 
     def choose(self, model: Any, layers: LayersInMemory, batches: Batches, ratio: float) -> Selection:
         """As in :class:`Rival`."""
-        calibration = captured(model, batches)
+        calibration = capture_batches(model, batches)
         counts = uniform_counts(layers, ratio, self.attention, range(len(layers)))
         kept, hidden = whole(layers), calibration.hidden
         for index, left in kept.items():
