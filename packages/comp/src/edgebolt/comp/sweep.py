@@ -319,4 +319,4 @@ def _watched(layer: nn.Module, block: Block, hidden: Tensor, call: Call) -> tupl
         out = run_layer(layer, hidden, call)
     ((inputs, given),) = seen
     bias: Any = layer.get_submodule(block.consumer).bias
-    return out, inputs, given if bias is None else given - bias
+    return out, inputs, given if bias is None else given - bias.detach()
