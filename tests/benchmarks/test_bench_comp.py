@@ -21,7 +21,7 @@ RUNS = [
 def tiny():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 12}  # LLM-Pruner spares six
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
     with torch.random.fork_rng():
         torch.manual_seed(0)
