@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,13 @@ from torch import Tensor
 __all__ = ["MaskProblem", "Sublayer"]
 
 # Up to this many inputs, batches, each multiplied in float32, are summed in float64 and solved with in it, which takes
-# 128 MB a matrix there; above it all is float32.
+# 128 MB a matrix there; above it all is float32. That chooses nearly the same neurons with the same ridge, also beside
+# outliers (tests/comp/test_memory_bound.py): a Gram matrix times that of the weights, entry by entry, is conditioned
+# far better than alone.
 DOUBLE_UP_TO = 4096
+
+# Square matrices are worked on so many rows at a time: what is computed on the way stays small beside them.
+ROWS = 256
 
 
 class Sublayer:
@@ -47,17 +53,29 @@ class Sublayer:
             target: float32, tokens by outputs.
         """
         self._masks.clear()
-        self.gram += inputs.T @ inputs
-        self.cross += inputs.T @ target
+        for rows in stripes(len(self.gram)):
+            self.gram[rows, rows.start :] += inputs[:, rows].T @ inputs[:, rows.start :]
+            self.gram[rows.stop :, rows] = self.gram[rows, rows.stop :].T
+            self.cross[rows] += inputs[:, rows].T @ target
         self.energy += float(target.double().square().sum())
         self.tokens += len(inputs)
 
-    def masks(self, unit: int = 1) -> MaskProblem:
-        """The problem of scaling the inputs, ``unit`` neighbours at a time by one number."""
+    def masks(self, unit: int = 1, consume: bool = False) -> MaskProblem:
+        """The problem of scaling the inputs, ``unit`` neighbours at a time by one number.
+
+        Args:
+            unit: how many.
+            consume: the problem takes the memory of ``gram`` and ``cross``, which are empty afterwards.
+        """
         if unit in self._masks:
             return self._masks[unit]
-        gram = self.gram * (self.weight.T @ self.weight)
         linear = (self.cross * self.weight.T).sum(1)
+        gram = self.gram if consume else self.gram.clone()
+        if consume:
+            self.gram = self.cross = gram.new_empty(0)
+        for rows in stripes(len(gram)):
+            gram[rows, rows.start :] *= self.weight[:, rows].T @ self.weight[:, rows.start :]
+            gram[rows.stop :, rows] = gram[rows, rows.stop :].T
         if unit > 1:
             units = len(gram) // unit
             gram = gram.view(units, unit, units, unit).sum((1, 3))
@@ -68,8 +86,14 @@ class Sublayer:
     def error(self, kept: Tensor, weight: Tensor) -> float:
         """``‖T − X_S Wᵀ‖²`` for a weight on the inputs ``kept``."""
         small = weight.T.to(self.gram.dtype)
-        quadratic = (small * (self.gram[kept][:, kept] @ small)).sum()
-        return float(quadratic - 2 * (small * self.cross[kept]).sum() + self.energy)
+        quadratic = sum(
+            float((small[rows] * (self.gram[kept[rows]][:, kept] @ small)).sum()) for rows in stripes(len(kept))
+        )
+        return quadratic - 2 * float((small * self.cross[kept]).sum()) + self.energy
+
+    def forget_masks(self) -> None:
+        """Free the problems that :meth:`masks` has made."""
+        self._masks.clear()
 
 
 @dataclass(frozen=True)
@@ -97,8 +121,8 @@ class MaskProblem:
 
     def error(self, kept: Tensor, mask: Tensor) -> float:
         """The objective, with ``mask`` on the units ``kept`` and zero on all others."""
-        mask = mask.to(self.gram.dtype)
-        return float(mask @ self.gram[kept][:, kept] @ mask - 2 * self.linear[kept] @ mask + self.constant)
+        full = self._spread(kept, mask)
+        return float(full @ (self.gram @ full)) - 2 * float(self.linear @ full) + self.constant
 
     def ridge(self, share: float) -> float:
         """``share`` of the mean of the diagonal of ``G``."""
@@ -106,28 +130,61 @@ class MaskProblem:
 
     def tuned(self, kept: Tensor, ridge: float) -> Tensor:
         """The mask on ``kept`` that solves ``(G + λI)(m − 1) = c − G 1``, ``λ`` being that share of the diagonal."""
-        gram = self.gram[kept][:, kept]
-        right = self.linear[kept] - gram.sum(1)
-        return 1 + solve(gram, right[:, None], self.ridge(ridge))[:, 0]
+        right = (self.linear - self.gram @ self._spread(kept, torch.ones_like(self.linear[kept])))[kept]
+        return 1 + solve(lambda: submatrix(self.gram, kept), right[:, None], self.ridge(ridge))[:, 0]
+
+    def _spread(self, kept: Tensor, values: Tensor) -> Tensor:
+        """Zero on all units but ``kept``."""
+        return torch.zeros_like(self.linear).index_copy_(0, kept, values.to(self.linear.dtype))
 
 
-def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+def stripes(count: int) -> Iterator[slice]:
+    """Slices of :data:`ROWS` rows that cover a matrix, in ascending order."""
+    for start in range(0, count, ROWS):
+        yield slice(start, min(start + ROWS, count))
+
+
+def submatrix(matrix: Tensor, kept: Tensor) -> Tensor:
+    """``matrix[kept][:, kept]``, without the copy of all rows that this would make."""
+    small = matrix.new_empty(len(kept), len(kept))
+    for rows in stripes(len(kept)):
+        small[rows] = matrix[kept[rows]][:, kept]
+    return small
+
+
+def solve(gram: Tensor | Callable[[], Tensor], right: Tensor, ridge: float) -> Tensor:
     """``(gram + ridge I)⁻¹ right``; the ridge grows tenfold until the matrix is positive definite."""
-    return torch.cholesky_solve(right, factor(gram, ridge))
+    lower = factor(gram, ridge)
+    half = torch.linalg.solve_triangular(lower, right, upper=False)  # cholesky_solve would copy the factor
+    found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return found
 
 
-def factor(gram: Tensor, ridge: float) -> Tensor:
-    """Lower Cholesky factor of ``gram + ridge I``."""
-    unit = float(gram.diagonal().mean())
+def inverted(gram: Tensor, ridge: float) -> Tensor:
+    """``(gram + ridge I)⁻¹``, with the same care, in the memory of its factor."""
+    lower = factor(gram, ridge)
+    return torch.cholesky_inverse(lower, out=lower).mT
+
+
+def factor(gram: Tensor | Callable[[], Tensor], ridge: float) -> Tensor:
+    """Lower Cholesky factor of ``gram + ridge I``.
+
+    Args:
+        gram: the matrix, which is copied; or a function that makes it, for one that is not needed otherwise: the
+            factor takes its memory.
+        ridge: what is tried first.
+    """
     for _ in range(12):
-        lower: Tensor
-        regular = gram.clone()
+        regular = gram.clone() if isinstance(gram, Tensor) else gram()
+        unit = float(regular.diagonal().mean())
         regular.diagonal().add_(ridge)
-        lower, failed = torch.linalg.cholesky_ex(regular)
+        lower, failed = regular.mT, torch.empty((), dtype=torch.int32, device=regular.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in place, as columns are what LAPACK has in a row
         if not failed:
             return lower
-        ridge = max(10 * ridge, 1e-12 * unit, torch.finfo(gram.dtype).tiny)
+        ridge = max(10 * ridge, 1e-12 * unit, torch.finfo(regular.dtype).tiny)
     raise ArithmeticError(
-        f"No ridge up to {ridge:.3g} makes this {len(gram)} x {len(gram)} matrix of calibration activations positive "
-        "definite: they hold nan or infinity. Check the calibration texts, and load the model in float32 or bfloat16."
+        f"No ridge up to {ridge:.3g} makes this {len(lower)} x {len(lower)} matrix of calibration activations "
+        "positive definite: they hold nan or infinity. Check the calibration texts, and load the model in float32 or "
+        "bfloat16."
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgebolt.comp.blocks import Block
-from edgebolt.comp.least_squares import Sublayer, solve
+from edgebolt.comp.least_squares import Sublayer, solve, stripes, submatrix
 
 __all__ = ["Recovered", "Recovery", "recovered_weight"]
 
@@ -73,9 +73,13 @@ def recovered_weight(
         usable = usable and variance <= variance_bound
         weight, after = plain * mask.repeat_interleave(block.unit), problem.error(kept, mask)
     else:
-        gram = sublayer.gram[columns][:, columns]
-        pull = ridge * float(gram.diagonal().mean())
-        weight = plain + solve(gram, sublayer.cross[columns] - gram @ plain.T, pull).T
+        sublayer.forget_masks()
+        del problem  # its memory goes to the factor
+        pull = ridge * float(sublayer.gram.diagonal()[columns].mean())
+        right = sublayer.cross[columns]
+        for rows in stripes(len(columns)):
+            right[rows] -= sublayer.gram[columns[rows]][:, columns] @ plain.T
+        weight = plain + solve(lambda: submatrix(sublayer.gram, columns), right, pull).T
         usable, after = bool(weight.isfinite().all()), sublayer.error(columns, weight)
     if not usable or after > before:
         return Recovered(plain, 0.0, before, before)

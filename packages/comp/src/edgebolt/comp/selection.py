@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgebolt.comp.least_squares import MaskProblem, factor
+from edgebolt.comp.least_squares import MaskProblem, inverted, stripes
 from edgebolt.comp.scores import SCORES, Remaining
 
 __all__ = ["select"]
@@ -41,7 +41,7 @@ def select(
     gram, linear = problem.gram, problem.linear
     units = len(gram)
     kept = torch.arange(units, device=gram.device)
-    inverse = torch.cholesky_inverse(factor(gram, problem.ridge(SCORING_RIDGE)))
+    inverse = inverted(gram, problem.ridge(SCORING_RIDGE))
     mask = inverse @ linear
     size = max(1, round(step * units))
     while remove > 0:
@@ -51,17 +51,32 @@ def select(
         gone, left = order[:size].sort().values, order[size:].sort().values
         # Without the units R: m_K - P_KR P_RR⁻¹ m_R and P_KK - P_KR P_RR⁻¹ P_RK solve the problem on the rest.
         rows = inverse[gone]
-        coupling = torch.linalg.solve(rows[:, gone], rows[:, left])
-        smaller = inverse.index_select(0, left).index_select(1, left).addmm_(rows[:, left].T, coupling, alpha=-1)
+        across = rows[:, left]
+        coupling = torch.linalg.solve(rows[:, gone], across)
         smaller_mask = mask[left] - coupling.T @ mask[gone]
         if calm(problem, kept[left], smaller_mask, variance_bound, ridge):
-            kept, inverse, mask = kept[left], smaller.add_(smaller.T.clone()).div_(2), smaller_mask
+            kept, inverse, mask = kept[left], shrunk(inverse, left, across, coupling), smaller_mask
             remove -= len(gone)
         elif size > 1:
             size //= 2
         else:
             break
     return kept
+
+
+def shrunk(inverse: Tensor, left: Tensor, across: Tensor, coupling: Tensor) -> Tensor:
+    """``P_KK − P_KR P_RR⁻¹ P_RK``, symmetric, in the upper left corner of the memory of ``P``.
+
+    Going down, a stripe is written from the diagonal on and mirrored below it. What is still to be read lies further
+    down and further right, as no unit moves to a later place.
+    """
+    for rows in stripes(len(left)):
+        rest, width = slice(rows.start, len(left)), rows.stop - rows.start
+        part = inverse[left[rows]][:, left[rest]].addmm_(across[:, rows].T, coupling[:, rest], alpha=-1)
+        part[:, :width] = (part[:, :width] + part[:, :width].T) / 2
+        inverse[rows, rest] = part
+        inverse[rest, rows] = part.T
+    return inverse[: len(left), : len(left)]
 
 
 def calm(problem: MaskProblem, kept: Tensor, mask: Tensor, bound: float, ridge: float) -> bool:

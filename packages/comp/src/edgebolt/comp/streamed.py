@@ -22,6 +22,31 @@ from edgebolt.comp.sweep import Slimmed
 
 __all__ = ["LayersInFiles"]
 
+# What comes along from beside the weights. Not the model card, which describes the dense model; not code, as nothing
+# here runs it; nor anything that is not known, which may be the weights in another format.
+BESIDE = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*.txt",
+    "unigram.json",
+    "bpe.codes",
+    "*.model",  # SentencePiece
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "modules.json",  # sentence-transformers: its list of modules, and those behind the model, whose width stays
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/*",
+)
+
 ONE_FILE_UP_TO = 2 * 1024**3  # bytes; larger models stay in one file a layer
 
 
@@ -149,9 +174,9 @@ class LayersInFiles:
             return {f"{prefix}{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def _copy_beside(self) -> None:
-        """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
-        for path in sorted(self.skeleton.checkpoint.folder.iterdir()):
-            weights = path.suffix in (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".onnx", ".py")
-            own = path.name in ("config.json", "comp.json", "model.safetensors.index.json")
-            if path.is_file() and not weights and not own and not path.name.startswith("."):
-                shutil.copy(path, self.output / path.name)
+        """Tokenizer, chat templates, generation config, licence: :data:`BESIDE`."""
+        folder = self.skeleton.checkpoint.folder
+        for path in sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}):
+            target = self.output / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -172,6 +173,7 @@ def prune_layers(
     small: nn.Module
     for index in range(len(layers)):
         layer = small = nn.Identity()  # the last one's memory is free before the next is read
+        _trim()
         with seconds.spent("load"):
             layer = layers.dense(index)
         total = ffn_block(layers.kind, layer).units
@@ -239,31 +241,55 @@ def _prune_layer(
     neurons = torch.arange(ffn_block(kind, layer).units)
     variance, error = 0.0, (0.0, 0.0)
     dense = layer if len(blocks) == 1 else layers.dense(index)
+    changes: list[tuple[Block, Tensor, Tensor]] = []
     for number, (block, remove) in enumerate(blocks):
         last = number == len(blocks) - 1
         sums = _sums(dense, layer, block, index, calibration, teacher, student, same, last, options, seconds)
+        if last:  # the weights make room for the square matrices, and are read again
+            dense.to("meta")
+            layer.to("meta")
+            _trim()
         with seconds.spent("selection"):
             kept = _choose(sums, block, remove, options)
         if len(kept) == block.units:  # the bound was met at once: the layer stays as it is
             continue
         with seconds.spent("recovery"):
             found = recovered_weight(sums, block, kept, options.recover, options.ridge, options.variance_bound)
-        kept = kept.cpu()
+        changes.append((block, kept.cpu(), found.weight))
         if block.name == "attention":
-            keep_heads(kind, layer, kept, config)
-            groups = kept
+            groups = kept.cpu()
         else:
-            keep_neurons(kind, layer, kept)
             energy = max(sums.energy, 1e-30)
             neurons, variance, error = kept, found.variance, (found.before / energy, found.after / energy)
-        fold(layer.get_submodule(block.consumer), found.weight)
+        if not last:
+            _change(layers, layer, changes)
         same = False
+    del sums
+    with seconds.spent("load"):
+        layer = layers.dense(index)
+    _change(layers, layer, changes)
     left = Slimmed(neurons.tolist(), groups.tolist(), variance, error)
     return layers.store(index, layer, left), left
 
 
+def _trim() -> None:
+    """Give the system back what was freed: glibc keeps tensors of up to 32 MiB, a layer or so of them."""
+    with suppress(OSError, AttributeError, TypeError):  # another libc, or none
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _change(layers: Layers, layer: nn.Module, changes: list[tuple[Block, Tensor, Tensor]]) -> None:
+    """Take out of a layer what does not stay, and give the projections behind it their weights."""
+    for block, kept, weight in changes:
+        if block.name == "attention":
+            keep_heads(layers.kind, layer, kept, layers.config)
+        else:
+            keep_neurons(layers.kind, layer, kept)
+        fold(layer.get_submodule(block.consumer), weight)
+
+
 def _choose(sums: Sublayer, block: Block, remove: int, options: Comp) -> Tensor:
-    problem = sums.masks(block.unit)
+    problem = sums.masks(block.unit, consume=options.recover != "lstsq")
     bound = options.variance_bound if options.at_bound == "hand_on" else float("inf")
     arguments = (options.score, options.step, bound, options.ridge)
     kept = select(problem, remove, *arguments)
@@ -297,6 +323,7 @@ def _sums(
         with seconds.spent("teacher"):
             out, inputs, target = _watched(dense, block, entering, call)
         if not same:
+            del inputs  # the widest of what is held
             with seconds.spent("student"):
                 out_student, inputs, given = _watched(layer, block, student.batches[batch], call)
             if options.target == "residual":
@@ -308,6 +335,7 @@ def _sums(
         with seconds.spent("sums"):
             real = counted(calibration, batch, options.skip_first)
             sums.add(inputs[real], target[real])
+        del inputs, target  # before the next batch runs
         if last:
             entering.copy_(out)
     return sums
