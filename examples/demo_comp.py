@@ -76,7 +76,7 @@ def main():
             "tokens written a second": f"{speed:.1f}",
         }
     print_table(report.summary(), columns)
-    print(f"\nPruned in {seconds:.0f} s with {memory} of memory. {PROMPT}")
+    print(f"\nPruned in {seconds:.0f} s with {memory} of memory; seconds by stage: {report.stages()}.\n\n{PROMPT}")
     for name, answer in answers.items():
         print(f"\n{name}: {answer}")
     print(f"\n{output}: AutoModelForCausalLM.from_pretrained, after `import edgebolt.comp`; {args.folder}/comp.png")

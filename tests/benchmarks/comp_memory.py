@@ -1,7 +1,7 @@
 """What pruning a checkpoint of 2 GB takes in memory: ``python tests/benchmarks/comp_memory.py``.
 
 The checkpoint is a random Llama in bfloat16, written a layer at a time. The promise is four of its layers in float32
-and the hidden states of the calibration tokens in the dense and in the pruned model.
+and hidden states: those of the calibration tokens, and of a few of them in as many models as there are layers.
 """
 
 import json
@@ -68,10 +68,11 @@ def measure(folder, options=None, **changes):
     layer = write_llama(folder / "dense", **changes)
     config = LlamaConfig.from_pretrained(folder / "dense")
     ids = torch.randint(config.vocab_size, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
-    streams = 2 * 4 * ids.numel() * config.hidden_size
+    comp = Comp(ratio=0.2, samples=SAMPLES, length=LENGTH, **(options or {}))
+    sequences = SAMPLES + config.num_hidden_layers * comp.effect_sequences
+    streams = 4 * sequences * LENGTH * config.hidden_size
     start = time.perf_counter()
     with measured_memory() as memory:
-        comp = Comp(ratio=0.2, samples=SAMPLES, length=LENGTH, **(options or {}))
         report = comp.prune(folder / "dense", ids, folder / "small", progress=False)
     return {
         "checkpoint": report.files[0],

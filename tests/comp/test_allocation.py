@@ -1,8 +1,10 @@
+from itertools import accumulate, pairwise, product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgebolt.comp.allocation import layers_to_drop, removal_rates, whole_units
+from edgebolt.comp.allocation import layers_to_drop, rates_by_cost, removal_rates, whole_units
 
 
 @settings(max_examples=80, deadline=None)
@@ -34,9 +36,94 @@ def test_at_the_cap_the_rest_goes_to_the_others():
 
 
 def test_more_than_can_go_is_an_error_that_says_how_many_can():
-    with pytest.raises(ValueError, match=r"241 parameters .* at most 80% of 300 can go: lower the ratio, raise depth"):
+    with pytest.raises(ValueError, match=r"241 parameters .* at most 240 can go: lower the ratio, raise depth"):
         removal_rates([0.1, 0.2, 0.3], [100, 100, 100], 241)
     assert removal_rates([0.1, 0.2, 0.3], [100, 100, 100], 240) == [0.8, 0.8, 0.8]
+
+
+@st.composite
+def curves(draw, convex=False):
+    """Some blocks: shares and costs that grow, and how many parameters each has."""
+    found = []
+    for _ in range(draw(st.integers(1, 5))):
+        steps = draw(st.lists(st.floats(0, 10), min_size=1, max_size=6))
+        steps = sorted(steps) if convex else steps
+        last = draw(st.floats(0.1, 0.95))
+        shares = [last * (number + 1) / len(steps) for number in range(len(steps))]
+        found.append(list(zip(shares, accumulate(steps), strict=True)))
+    return found, [draw(st.integers(1, 10**6)) for _ in found]
+
+
+def cost(curve, rate):
+    """Of a share that is gone, straight between the points of the curve."""
+    for (start, low), (end, high) in pairwise([(0.0, 0.0), *curve]):
+        if rate <= end + 1e-9:
+            return low + (high - low) * (rate - start) / (end - start)
+    raise AssertionError
+
+
+@settings(max_examples=100, deadline=None)
+@given(curves(), st.floats(0, 1))
+def test_one_price_meets_the_sum_and_no_curve_is_left(made, share):
+    made, sizes = made
+    remove = share * sum(curve[-1][0] * size for curve, size in zip(made, sizes, strict=True))
+    rates = rates_by_cost(made, sizes, remove)
+    gone = sum(rate * size for rate, size in zip(rates, sizes, strict=True))
+    assert gone == pytest.approx(remove, rel=1e-9, abs=1e-6)
+    assert all(0 <= rate <= curve[-1][0] + 1e-9 for rate, curve in zip(rates, made, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(curves(convex=True), st.floats(0, 1))
+def test_nothing_cheaper_stays_than_what_goes(made, share):
+    made, sizes = made
+    rates = rates_by_cost(made, sizes, share * sum(c[-1][0] * size for c, size in zip(made, sizes, strict=True)))
+    gone, left = [0.0], []
+    for curve, size, rate in zip(made, sizes, rates, strict=True):
+        for start, end in pairwise([(0.0, 0.0), *curve]):
+            price = (end[1] - start[1]) / (end[0] - start[0]) / size
+            if rate > start[0] + 1e-9:
+                gone.append(price)
+            if rate < end[0] - 1e-9:
+                left.append(price)
+    assert not left or max(gone) <= min(left) * (1 + 1e-6) + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=4), min_size=1, max_size=4), st.data())
+def test_no_division_in_equal_pieces_costs_less(steps, data):
+    """Every way to take pieces of ten parameters, also along curves that are not convex."""
+    sizes = [10 * len(own) + 5 for own in steps]  # five of each block stay
+    made = [
+        [(10 * (number + 1) / size, total) for number, total in enumerate(accumulate(sorted(own)))]
+        for own, size in zip(steps, sizes, strict=True)
+    ]
+    pieces = data.draw(st.integers(0, sum(map(len, steps))))
+    ways = [way for way in product(*(range(len(own) + 1) for own in steps)) if sum(way) == pieces]
+    best = min(sum(([0.0, *accumulate(sorted(own))])[n] for own, n in zip(steps, way, strict=True)) for way in ways)
+    rates = rates_by_cost(made, sizes, 10 * pieces)
+    assert sum(cost(curve, rate) for curve, rate in zip(made, rates, strict=True)) == pytest.approx(best, abs=1e-6)
+
+
+def test_what_is_cheap_behind_something_dear_is_weighed_with_it():
+    """Alone, the first piece of the first block would be the dearest of all, and what is behind it never reached."""
+    dear = [(0.2, 3.0), (0.8, 3.2)]
+    assert rates_by_cost([dear, [(0.4, 2.0), (0.8, 4.0)]], [100, 100], 80) == [0.8, 0.0]
+    assert rates_by_cost([dear, [(0.4, 1.0), (0.8, 4.0)]], [100, 100], 80) == [0.4, 0.4]
+    winding = [(0.2, 1.0), (0.4, 3.0), (0.6, 3.1), (0.8, 9.0)]  # 5 a share, 5.25 on to 0.6, 29.5
+    assert rates_by_cost([winding, [(0.8, 3.9)]], [100, 100], 60) == [0.0, 0.6]
+    assert rates_by_cost([winding, [(0.8, 4.1)]], [100, 100], 60) == [0.2, 0.4]
+    assert rates_by_cost([winding, [(0.8, 8.0)]], [100, 100], 60) == [0.6, 0.0]
+
+
+def test_a_large_block_is_cheap_by_the_parameter():
+    assert rates_by_cost([[(0.8, 1.0)], [(0.8, 1.0)]], [100, 300], 120) == [0.0, 0.4]
+
+
+def test_a_block_that_can_lose_nothing_loses_nothing():
+    assert rates_by_cost([[], [(0.5, 1.0)]], [100, 100], 50) == [0.0, 0.5]
+    with pytest.raises(ValueError, match=r"51 parameters should leave .* at most 50 can go: .*raise largest_rate"):
+        rates_by_cost([[], [(0.5, 1.0)]], [100, 100], 51)
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,7 +3,7 @@ import torch
 from tiny_models import ENCODERS, FAMILIES, LAYERS, WORDS, ids, logits, tiny
 
 from edgebolt.common.anatomy import Anatomy
-from edgebolt.comp.calls import capture, run_layer, watching
+from edgebolt.comp.calls import capture, first_sequences, run_layer, scaled_inputs, watching
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,43 @@ def test_left_padding_counts_as_padding():
 
     assert counted(calibration, 0, skip_first=False).tolist() == mask.bool().tolist()
     assert counted(calibration, 0, skip_first=True).int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+
+
+def test_a_projections_inputs_are_scaled_inside_the_block():
+    layer, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(5, 3)
+    scale = torch.tensor([0.0, 1.0, 2.0, 0.5])
+    plain = layer(x)
+    with scaled_inputs(layer, "1", scale):
+        scaled = layer(x)
+    torch.testing.assert_close(scaled, (layer[0](x) * scale) @ layer[1].weight.T + layer[1].bias)
+    assert torch.equal(layer(x), plain)
+    with pytest.raises(RuntimeError), scaled_inputs(layer, "1", torch.ones(3)):
+        layer(x)
+    assert not layer[1]._forward_pre_hooks  # after an error too
+
+
+def test_of_a_call_the_first_sequences_are_cut_and_what_all_share_stays():
+    mask, shared, places = torch.randn(6, 1, 5, 5), torch.randn(1, 5, 8), torch.arange(6)
+    rotations = (torch.randn(6, 5, 8), shared)
+    named = {"position_ids": torch.randn(6, 5), "cache_position": places, "use_cache": False}
+    args, kwargs = first_sequences(((mask, rotations, None), named), sequences=6, count=2)
+    assert torch.equal(args[0], mask[:2]) and torch.equal(args[1][0], rotations[0][:2])
+    assert args[1][1] is shared and args[2] is None and isinstance(args[1], tuple)
+    assert kwargs["position_ids"].shape == (2, 5)
+    assert kwargs["cache_position"] is places and kwargs["use_cache"] is False
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_sequences_run_alone_as_among_others(kind, count):
+    """With padding, whose mask has a row for each sequence, and rotations that all share."""
+    model, mask = tiny(kind), torch.ones(5, 10, dtype=torch.long)
+    mask[0, 7:] = mask[3, 4:] = 0
+    calibration = capture(model, [lambda: model(ids(5, 10), attention_mask=mask)])
+    whole = calibration.hidden[0]
+    some = whole[:count].clone()
+    for index, layer in enumerate(Anatomy(model).layers):
+        call = calibration.calls[0][index]
+        whole, some = run_layer(layer, whole, call), run_layer(layer, some, first_sequences(call, 5, count))
+    real = mask[:count].bool()
+    torch.testing.assert_close(some[real], whole[:count][real], rtol=1e-4, atol=1e-5)

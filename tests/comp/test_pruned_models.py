@@ -193,7 +193,7 @@ def test_a_uniform_model_loads_without_this_package(tmp_path):
     for kind, name in zip(kinds, done.stdout.split(), strict=True):
         model = tiny(kind)
         report = prune(model, **options)
-        assert len({len(entry["neurons"]) for entry in report.layers}) == 1 and report.unmet == 0
+        assert len({len(entry["neurons"]) for entry in report.layers}) == 1 and report.effect == []
         assert torch.equal(torch.load(tmp_path / f"{kind}.pt"), logits(model)), kind
         assert type(model).__name__ == name and not name.startswith("Comp")
         assert not hasattr(model.config, "pruned") and model.config.num_hidden_layers == LAYERS - 1

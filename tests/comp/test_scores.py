@@ -57,12 +57,13 @@ def test_relative_is_the_share_of_the_outputs_norm(columns):
 
 def test_a_score_of_ones_own_takes_part():
     from edgebolt.comp import Comp
-    from edgebolt.comp.selection import select
+    from edgebolt.comp.selection import removal_order
 
     SCORES["mine"] = lambda left: -left.kept.double()  # the last goes first
     try:
         assert Comp(score="mine").score == "mine"
         gram = torch.eye(5, dtype=torch.float64)
-        assert select(MaskProblem(gram, gram.sum(1), 5.0), 2, "mine").tolist() == [0, 1, 2]
+        order = removal_order(MaskProblem(gram, gram.sum(1), 5.0), 2, "mine", step=0.2)
+        assert order.units == [4, 3, 2, 1, 0]
     finally:
         del SCORES["mine"]

@@ -6,7 +6,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from edgebolt.common.anatomy import Anatomy
 from edgebolt.comp import Comp
+from edgebolt.comp.blocks import attention_block, matrix
 
 LAYERS, WORDS, WIDTH, INNER, HEADS, HEAD = 4, 60, 16, 48, 4, 4
 DECODERS = ("llama", "qwen2", "mistral", "gpt2", "gpt2_inverse")
@@ -53,6 +55,9 @@ def tiny(kind, auto="", **changes):
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
+            layer = Anatomy(model).layers[1]  # whose last head does little, so that some head goes
+            block = attention_block(model.config.model_type, layer, model.config)
+            matrix(layer.get_submodule(block.consumer))[:, -block.unit :] *= 0.05
     return model
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     prune.add_argument("--uniform", action="store_true", help="equal layers: transformers loads it without edgebolt")
     prune.add_argument("--seed", type=int, default=default.seed)
     prune.add_argument("--figure", type=Path, help="where the picture goes; default: comp.png in the output")
-    prune.add_argument("--no-perplexity", action="store_true", help="do not load the models to compare them")
+    prune.add_argument("--no-perplexity", action="store_true", help="do not load both models to compare them")
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -77,10 +77,14 @@ def run(args: argparse.Namespace) -> None:
         draw(report, figure)
     except ModuleNotFoundError as error:
         print(error)
-    values = None if args.no_perplexity else perplexities(args.model, args.output, held_out)
-    table(report, values, str(memory), seconds)
+    table(report, str(memory), seconds)
     print(f"{args.output}: AutoModelForCausalLM.from_pretrained({str(args.output)!r})"
-          f"{'' if args.uniform else ' after `import edgebolt.comp`'}; {figure}")  # fmt: skip
+          f"{'' if args.uniform else ' after `import edgebolt.comp`'}; {figure}", flush=True)  # fmt: skip
+    # Last, for it loads whole models: where they do not fit, the smaller one and all that is known of it are there.
+    values = None if args.no_perplexity else perplexities(args.model, args.output, held_out)
+    if values is not None:
+        print(f"perplexity on texts that were not calibrated on, window {WINDOW}: {values[0]:.2f} dense, "
+              f"{values[1]:.2f} pruned")  # fmt: skip
 
 
 def perplexities(dense: str, small: Path, texts: list[str]) -> tuple[float, float] | None:
@@ -102,7 +106,7 @@ def perplexities(dense: str, small: Path, texts: list[str]) -> tuple[float, floa
     return values[0], values[1]
 
 
-def table(report: Report, values: tuple[float, float] | None, memory: str, seconds: float) -> None:
+def table(report: Report, memory: str, seconds: float) -> None:
     """Print what it came to."""
     before, after = report.parameters
     rows: dict[str, tuple[str, str]] = {
@@ -110,14 +114,13 @@ def table(report: Report, values: tuple[float, float] | None, memory: str, secon
         "files, MB": (f"{report.files[0] / 1e6:.1f}", f"{report.files[1] / 1e6:.1f}"),
         "layers": (str(len(report.importance)), str(len(report.layers))),
     }
-    if values is not None:
-        rows[f"perplexity, window {WINDOW}"] = (f"{values[0]:.2f}", f"{values[1]:.2f}")
     rows["peak memory of pruning"] = ("", memory)
     rows["seconds of pruning"] = ("", f"{seconds:.0f}")
     columns = {
         name: {row: cells[place] for row, cells in rows.items()} for place, name in enumerate(("dense", "pruned"))
     }
     print_table(report.summary(), columns)
+    print(f"seconds by stage: {report.stages()}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-__all__ = ["Allocation", "layers_to_drop", "removal_rates", "whole_units"]
+__all__ = ["Allocation", "layers_to_drop", "rates_by_cost", "removal_rates", "whole_units"]
 
-Allocation = Literal["inverse_importance", "uniform"]
+Allocation = Literal["effect", "inverse_importance", "uniform"]
 
 
 def layers_to_drop(
@@ -53,7 +54,7 @@ def removal_rates(
     importance: Sequence[float],
     sizes: Sequence[int],
     remove: float,
-    allocation: Allocation = "inverse_importance",
+    allocation: Literal["inverse_importance", "uniform"] = "inverse_importance",
     largest: float = 0.8,
 ) -> list[float]:
     """The share of its prunable parameters that each remaining layer loses.
@@ -80,12 +81,7 @@ def removal_rates(
     if allocation == "uniform":
         weights = np.ones_like(weights)
     size = np.asarray(sizes, float)
-    if remove > largest * size.sum() * (1 + 1e-9):
-        raise ValueError(
-            f"{remove:,.0f} parameters should leave the remaining layers, of which at most {largest:.0%} of "
-            f"{size.sum():,.0f} can go: lower the ratio, raise depth_fraction so that more whole layers go, or set "
-            "prune_attention=True."
-        )
+    _check_enough(remove, largest * size.sum())
     rates = np.zeros(len(size))
     full = np.zeros(len(size), bool)
     for _ in range(len(size)):
@@ -97,6 +93,57 @@ def removal_rates(
             break
         full |= over
     return [round(float(rate), 12) for rate in rates]
+
+
+def rates_by_cost(curves: Sequence[Sequence[tuple[float, float]]], sizes: Sequence[int], remove: float) -> list[float]:
+    """The share that each block loses, where removal costs least: one price a parameter for all blocks. Ours.
+
+    A curve is taken for its lower convex hull, so that what is cheap only behind something dear is weighed with it.
+
+    Args:
+        curves: of each block, from few to many: share that is gone, and what that costs.
+        sizes: parameters of each block.
+        remove: parameters to remove in all.
+
+    Raises:
+        ValueError: if they cannot lose as many; the message says how many they can.
+
+    Example::
+
+        >>> rates_by_cost([[(0.4, 1.0), (0.8, 3.0)], [(0.4, 1.5), (0.8, 3.5)]], sizes=[100, 100], remove=100)
+        [0.6, 0.4]
+    """
+    _check_enough(remove, sum(curve[-1][0] * size for curve, size in zip(curves, sizes, strict=True) if curve))
+    pieces = []
+    for index, curve in enumerate(curves):
+        hull = [(0.0, 0.0)]
+        for share, cost in curve:
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (share, cost)):
+                hull.pop()
+            hull.append((share, cost))
+        for start, end in pairwise(hull):
+            pieces.append((_slope(start, end) / sizes[index], index, start[0], end[0] - start[0]))
+    rates = [0.0] * len(curves)
+    for _, index, _, share in sorted(pieces):
+        taken = min(share, remove / sizes[index])
+        rates[index] += taken
+        remove -= taken * sizes[index]
+        if remove <= 0:
+            break
+    return [round(rate, 12) for rate in rates]
+
+
+def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _check_enough(remove: float, most: float) -> None:
+    if remove > most * (1 + 1e-9):
+        raise ValueError(
+            f"{remove:,.0f} parameters should leave the remaining layers, of which at most {most:,.0f} can go: lower "
+            "the ratio, raise depth_fraction so that more whole layers go, raise largest_rate, or set "
+            "prune_attention=True."
+        )
 
 
 def whole_units(rates: Sequence[float], units: Sequence[int], weights: Sequence[int], round_to: int = 1) -> list[int]:

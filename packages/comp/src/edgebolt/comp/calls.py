@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from edgebolt.common.anatomy import Anatomy
 from edgebolt.comp.blocks import stub_type
 
-__all__ = ["Calibration", "Call", "capture", "capture_batches", "run_layer", "watching"]
+__all__ = [
+    "Calibration",
+    "Call",
+    "capture",
+    "capture_batches",
+    "first_sequences",
+    "run_layer",
+    "scaled_inputs",
+    "watching",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,11 +36,20 @@ class Calibration:
         hidden: a batch each: float32, sequences by tokens by width; what enters the first layer.
         calls: a batch each, a layer each: the other arguments.
         real: a batch each: bool, sequences by tokens; False where there is padding.
+        ids: a batch each: the token ids, where the model was given such.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+
+    def vocabulary(self) -> Tensor | None:
+        """All tokens that occur, ascending; None if some batch was no token ids."""
+        if not self.ids or len(self.ids) < len(self.hidden):
+            return None
+        occurring: Tensor = torch.cat([ids.flatten() for ids in self.ids]).unique()  # type: ignore[no-untyped-call]
+        return occurring
 
     @property
     def tokens(self) -> int:
@@ -72,10 +90,14 @@ def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
     dense = list(layers)
     calibration = Calibration()
     masks: list[Tensor | None] = []
+    seen: list[Tensor] = []
 
     def note_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         masks.append(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor):
+            seen.append(ids)
 
     hook = anatomy.backbone.register_forward_pre_hook(note_mask, with_kwargs=True)
     try:
@@ -100,6 +122,8 @@ def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
             calibration.hidden.append(hidden.detach().float())
             calibration.calls.append(_without_cache([call for _, call in notes]))
             calibration.real.append(real.to(hidden.device))
+            calibration.ids += seen[-1:]
+            seen.clear()
     finally:
         hook.remove()
         for index, layer in enumerate(dense):
@@ -173,3 +197,25 @@ def watching(layer: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]
         yield seen
     finally:
         hook.remove()
+
+
+@contextmanager
+def scaled_inputs(layer: nn.Module, path: str, scale: Tensor | None) -> Iterator[None]:
+    """Inside the block, the projection at ``path`` gets its inputs multiplied by ``scale``, one number each."""
+    hook = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * scale, *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def first_sequences(call: Call, sequences: int, count: int) -> Call:
+    """The call of a layer with the first of a batch's sequences; what all sequences share stays."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.dim() > 1 and len(value) == sequences else value
+        return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
+
+    args, kwargs = call
+    return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ class Checkpoint:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def parameters(self, names: Iterable[str]) -> int:
+        """How many numbers some tensors hold; read from the heads of the files."""
+        names, count = list(names), 0
+        for shard in sorted({self.files[name] for name in names}):
+            with safe_open(self.folder / shard, framework="pt") as file:
+                shapes = [file.get_slice(name).get_shape() for name in names if self.files[name] == shard]
+            count += sum(map(math.prod, shapes))
+        return count
 
     def rows(self, name: str, indices: Iterable[int]) -> Tensor:
         """Some rows of a matrix, the others unread."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,18 @@ from edgebolt.comp.calibration_texts import Texts, batches_of, fingerprint
 from edgebolt.comp.calls import Calibration, capture, capture_batches
 from edgebolt.comp.checkpoint import Checkpoint, Skeleton
 from edgebolt.comp.in_memory import LayersInMemory
-from edgebolt.comp.plan import Plan, make_plan
+from edgebolt.comp.plan import Plan, Survey, make_plan
 from edgebolt.comp.pruned_models import is_pruned, pruned_class
 from edgebolt.comp.recovery import Recovery
 from edgebolt.comp.report import Report
 from edgebolt.comp.scores import SCORES
-from edgebolt.comp.streamed import LayersInFiles
+from edgebolt.comp.streamed import BESIDE, LayersInFiles
 from edgebolt.comp.support import check_supported
-from edgebolt.comp.sweep import Layers, Seconds, Streams, layer_importance, prune_layers
+from edgebolt.comp.sweep import Layers, Seconds, Slimmed, prune_layers, survey_layers
 
 __all__ = ["Comp"]
 
-MAPPED_ABOVE = 1024**3  # bytes of one stream of hidden states
+MAPPED_ABOVE = 1024**3  # bytes of hidden states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,32 +46,34 @@ class Comp:
     what enters and leaves them; every other layer then has a rate of its own; neurons of its dense layers go in
     rounds, by a score built on matrix condition, the variance of the mask being kept in a bound; and the mask of those
     that stay is tuned by least squares and folded into the weights. Ours: all formulas and numbers beyond that, each
-    of them an argument.
+    of them an argument. Two defaults are not the paper's: no whole layers go, and all of the projection's weight is
+    solved for; ``depth_fraction=0.5, recover="mask"`` is nearer to it, and worse.
+
+    One run of the dense model, layer by layer, collects the sums that all is decided and solved with. They lie in
+    files until the rates are known: of each layer, ``4 n²`` bytes for ``n`` neurons.
 
     Args:
         ratio: share of the parameters of all transformer layers that goes; embeddings and heads stay. 0 changes
             nothing.
         depth_fraction: share of ``ratio`` that whole layers take, rounded down.
         protect: layers that are never dropped; negative indices count from the output.
-        allocation: ``"inverse_importance"``: the less important a remaining layer, the more it loses;
-            ``"uniform"``.
+        allocation: how much each remaining layer loses. ``"effect"``: what costs least at the end of the network goes,
+            the cost being measured there for each layer with a quarter of its neurons gone; ``"inverse_importance"``:
+            the less important a layer, the more; ``"uniform"``.
         largest_rate: share of its prunable parameters that no layer loses more than.
         score: a name in :data:`~edgebolt.comp.SCORES`.
         step: share of a layer's neurons that a round removes.
-        variance_bound: of the mask of a layer.
-        at_bound: what happens there: ``"damp"``: the ridge grows until the mask varies less; ``"hand_on"``: the last
-            round is undone and halved, and what the layer still should lose, the layers behind it do, as far as they
-            can (``Report.unmet`` says what nobody could).
+        variance_bound: of the mask of a layer: a round that passes it is undone and halved, and in the end the ridge
+            grows until the mask keeps to it.
         recover: ``"none"``; ``"mask"``, the paper's; ``"lstsq"``: solve for all of the projection's weight.
-        target: ``"sublayer"``: the projection is to give what it gave in the dense model; ``"residual"``: it also is
-            to make up for what is missing in the sum that it is added to (not for encoders, which normalise there).
         ridge: share of the mean diagonal, in all recoveries.
-        prune_attention: key-value heads go too, with the query heads that read them, at the same rate.
+        prune_attention: key-value heads go too, with the query heads that read them.
         round_to: what the number of neurons that are left is a multiple of. 64 suits GPUs and 4-bit blocks.
         uniform: all layers lose equally many neurons, so that transformers loads the result without this package.
         samples: sequences of calibration text.
         length: tokens of each.
         batch_size: sequences that run through a layer at once.
+        effect_sequences: how many of the first batch's sequences the effect is measured on.
         skip_first: leave the first token of each sequence, an attention sink in many models, out of all sums.
         seed: of the draw of the calibration texts.
 
@@ -86,28 +88,27 @@ class Comp:
         ...                      vocab_size=50)
         >>> model = LlamaForCausalLM(config)
         >>> report = Comp(ratio=0.3).prune(model, torch.randint(50, (8, 32)), progress=False)
-        >>> type(model).__name__, len(model.model.layers) < 5, 0.28 < report.ratio < 0.32
-        ('CompLlamaForCausalLM', True, True)
+        >>> type(model).__name__, 0.28 < report.ratio < 0.32
+        ('CompLlamaForCausalLM', True)
     """
 
     ratio: float = 0.2
-    depth_fraction: float = 0.5
+    depth_fraction: float = 0.0
     protect: Sequence[int] = (0,)
-    allocation: Allocation = "inverse_importance"
-    largest_rate: float = 0.8
+    allocation: Allocation = "effect"
+    largest_rate: float = 0.7
     score: str = "condition"
     step: float = 0.05
     variance_bound: float = 0.1
-    at_bound: Literal["damp", "hand_on"] = "damp"
-    recover: Recovery = "mask"
-    target: Literal["sublayer", "residual"] = "sublayer"
-    ridge: float = 1e-2
+    recover: Recovery = "lstsq"
+    ridge: float = 0.5
     prune_attention: bool = False
     round_to: int = 8
     uniform: bool = False
     samples: int = 128
     length: int = 128
     batch_size: int = 16
+    effect_sequences: int = 4
     skip_first: bool = False
     seed: int = 0
 
@@ -123,24 +124,21 @@ class Comp:
             ("samples", 1, float("inf")),
             ("length", 2, float("inf")),
             ("batch_size", 1, float("inf")),
+            ("effect_sequences", 1, float("inf")),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r}: use a number from {low} to {high}.")
-        for name in ("round_to", "samples", "length", "batch_size"):
+        for name in ("round_to", "samples", "length", "batch_size", "effect_sequences"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r}: use a whole number.")
         for name, known in (
-            ("allocation", ("inverse_importance", "uniform")),
-            ("recover", ("none", "mask", "lstsq")),
-            ("target", ("sublayer", "residual")),
+            ("allocation", get_args(Allocation)),
+            ("recover", get_args(Recovery)),
             ("score", tuple(SCORES)),
-            ("at_bound", ("damp", "hand_on")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {known}.")
-        if self.uniform and self.at_bound == "hand_on":
-            raise ValueError("uniform=True with at_bound='hand_on': layers that hand on are not equally wide.")
         if self.uniform and self.prune_attention:
             raise ValueError(
                 "uniform=True with prune_attention=True: transformers' own classes cannot express fewer heads at the "
@@ -199,13 +197,14 @@ class Comp:
         layers = LayersInMemory(model)
         before, total = parameter_count(model), sum(map(parameter_count, layers.layers))
         units = _units(layers, list(layers.layers))
-        seconds, bar = Seconds(), _bar(len(layers), progress)
-        with bar:
-            plan, slimmed, unmet = self._passes(layers, list(layers.layers), calibration, seconds, bar, None)
+        with tempfile.TemporaryDirectory(prefix="comp-") as folder:
+            plan, survey, slimmed, seconds = self._passes(
+                layers, list(layers.layers), calibration, Path(folder), progress, resumable=False
+            )
         if self.ratio:
             layers.apply(self.uniform)
         after = parameter_count(model)
-        return Report.of(self, plan, slimmed, unmet, before, after, digest, seconds, total, units)
+        return Report.of(self, plan, survey, slimmed, before, after, digest, seconds, total, units)
 
     def _prune_loaded(self, model: Any, texts: Texts, tokenizer: Any, progress: bool) -> Report:
         kind = self._check(getattr(model, "config", None))
@@ -229,23 +228,23 @@ class Comp:
         weights = sorted(folder / file for file in set(skeleton.checkpoint.files.values()))
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
         job = {"comp": _plain(self), "model": name, "weights": stamps, "calibration": digest}
-        state = _open_output(output, job)
+        _open_output(output, job)
         before, total = parameter_count(skeleton.model), sum(map(parameter_count, skeleton.anatomy.layers))
         dense_bytes = sum(size for size, _ in stamps.values())
         skeleton.open_embeddings(torch.cat([batch["input_ids"].flatten() for batch in batches]))
         model = skeleton.model
         calibration = capture(model, [partial(model, **batch) for batch in batches])
         layers = LayersInFiles(skeleton, output)
-        units = _units(layers, list(skeleton.anatomy.layers))
-        seconds, bar = Seconds(), _bar(len(layers), progress)
-        with bar:
-            plan, slimmed, unmet = self._passes(
-                layers, list(skeleton.anatomy.layers), calibration, seconds, bar, state
-            )
+        shapes = list(skeleton.anatomy.layers)
+        units = _units(layers, shapes)
+        plan, survey, slimmed, seconds = self._passes(
+            layers, shapes, calibration, layers.parts, progress, resumable=True
+        )
         with seconds.spent("write"):
             layers.assemble(self.uniform)
-        after = before - _removed(skeleton, output)
-        report = Report.of(self, plan, slimmed, unmet, before, after, digest, seconds, total, units)
+        small = Checkpoint(output)
+        after = before - skeleton.checkpoint.parameters(skeleton.names.values()) + small.parameters(small.files)
+        report = Report.of(self, plan, survey, slimmed, before, after, digest, seconds, total, units)
         report.base = name
         small_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         report.files = (dense_bytes, small_bytes)
@@ -257,8 +256,6 @@ class Comp:
         if config is None:
             raise TypeError("The model has no config: pass a transformers model, a folder, or a name on the hub.")
         kind = check_supported(config)
-        if self.target == "residual" and kind in ("bert", "roberta", "mpnet"):
-            raise ValueError(f"target='residual': {kind} normalises the sum, so use 'sublayer'.")
         if self.uniform and is_pruned(config):
             raise ValueError("uniform=True: the model has unequal layers already. Start from the dense one.")
         if self.uniform and getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -277,52 +274,38 @@ class Comp:
         layers: Layers,
         shapes: list[nn.Module],
         calibration: Calibration,
-        seconds: Seconds,
-        bar: Any,
-        state: Path | None,
-    ) -> tuple[Plan, dict[int, Any], int]:
-        with _streams(calibration) as streams:
-            if state is not None and state.exists():
-                plan = Plan(**json.loads(state.read_text()))
+        folder: Path,
+        progress: bool,
+        resumable: bool,
+    ) -> tuple[Plan, Survey, dict[int, Slimmed], Seconds]:
+        """Survey, plan, prune; what is left in the folder lets an interrupted run go on."""
+        seconds, done = Seconds(), folder / "survey.json"
+        with tqdm(total=2 * len(layers), desc="COMP", unit="layer", disable=not progress) as bar:
+            if not self.ratio:
+                survey = Survey([1.0] * len(layers), [{} for _ in range(len(layers))])
+                bar.update(len(layers))
+            elif done.exists():
+                survey = Survey.from_plain(json.loads(done.read_text()))
                 bar.update(len(layers))
             else:
-                if self.ratio:
-                    importance = layer_importance(
-                        layers, calibration, streams.copy(), seconds, self.skip_first, bar.update
-                    )
-                else:
-                    importance = [1.0] * len(layers)
-                    bar.update(len(layers))
-                plan = make_plan(layers.kind, layers.config, shapes, importance, self)
-                if state is not None:
-                    with replaced(state, durable=True) as partial_file:
-                        partial_file.write_text(json.dumps(plan.to_plain()))
-            slimmed, unmet = prune_layers(layers, calibration, streams, plan, self, seconds, bar.update)
-        return plan, slimmed, unmet
+                with _mapped(calibration, folder):
+                    survey = survey_layers(layers, calibration, folder, self, seconds, resumable, bar.update)
+                with replaced(done, durable=True) as partial_file:
+                    partial_file.write_text(json.dumps(survey.to_plain()))
+            calibration.hidden.clear()
+            plan = make_plan(layers.kind, layers.config, shapes, survey, self)
+            slimmed = prune_layers(layers, plan, survey, folder, self, seconds, bar.update)
+        return plan, survey, slimmed, seconds
 
 
 def _plain(options: Comp) -> dict[str, Any]:
     return {**asdict(options), "protect": list(options.protect)}
 
 
-def _removed(skeleton: Skeleton, output: Path) -> int:
-    """Parameters that the files no longer hold."""
-    small = Checkpoint(output)
-    after = 0
-    for name in small.files:
-        after += small.tensor(name).numel()
-    dense = sum(skeleton.checkpoint.tensor(stored).numel() for stored in skeleton.names.values())
-    return dense - after
-
-
 def _units(layers: Layers, modules: list[nn.Module]) -> tuple[int, int]:
     """Neurons and key-value heads of the largest layer."""
     neurons = max(ffn_block(layers.kind, layer).units for layer in modules)
     return neurons, max(attention_block(layers.kind, layer, layers.config).units for layer in modules)
-
-
-def _bar(layers: int, progress: bool) -> Any:
-    return tqdm(total=2 * layers, desc="COMP", unit="layer", disable=not progress)
 
 
 def _local(name: str) -> Path:
@@ -332,24 +315,25 @@ def _local(name: str) -> Path:
         return place
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    return Path(snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", *BESIDE]))
 
 
 @contextlib.contextmanager
-def _streams(calibration: Calibration) -> Iterator[Streams]:
-    """The first layer's input, in mapped files where it is large."""
-    size = sum(batch.nbytes for batch in calibration.hidden)
-    if size <= MAPPED_ABOVE:
-        yield Streams(calibration.hidden)
+def _mapped(calibration: Calibration, folder: Path) -> Iterator[None]:
+    """Inside the block, large hidden states are in mapped files."""
+    if sum(batch.nbytes for batch in calibration.hidden) <= MAPPED_ABOVE:
+        yield
         return
-    with tempfile.TemporaryDirectory(prefix="comp-") as folder:
-        mapped = Streams(calibration.hidden, Path(folder)).copy()
-        calibration.hidden.clear()
-        yield mapped
+    with tempfile.TemporaryDirectory(prefix="hidden-", dir=folder) as place:
+        for number, batch in enumerate(calibration.hidden):
+            file = str(Path(place) / f"{number}.bin")
+            flat = torch.from_file(file, shared=True, size=batch.numel(), dtype=batch.dtype)
+            calibration.hidden[number] = flat.view(batch.shape).copy_(batch)
+        yield
 
 
-def _open_output(output: Path, job: dict[str, Any]) -> Path:
-    """Make or re-enter the folder of a run; returns the file of its plan."""
+def _open_output(output: Path, job: dict[str, Any]) -> None:
+    """Make or re-enter the folder of a run."""
     parts = output / ".pruning"
     note = parts / "job.json"
     if note.exists():
@@ -368,4 +352,5 @@ def _open_output(output: Path, job: dict[str, Any]) -> Path:
     parts.mkdir(parents=True, exist_ok=True)
     with replaced(note, durable=True) as partial_file:
         partial_file.write_text(json.dumps(job))
-    return parts / "plan.json"
+    for left in parts.glob("hidden-*"):  # of a run that was killed
+        shutil.rmtree(left)

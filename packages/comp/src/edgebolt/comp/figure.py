@@ -1,4 +1,4 @@
-"""The picture of a pruned model: what is left of each layer, beside how much the layer does."""
+"""The picture of a pruned model: what is left of each layer, and how much the layer does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["draw"]
 
 
 def draw(report: Report, path: str | os.PathLike[str]) -> Figure:
-    """Draw the share of each dense layer that is left, and its importance.
+    """Draw the share of each dense layer that is left, its importance, and its effect where that was measured.
 
     Args:
         report: of a pruning.
@@ -46,10 +46,16 @@ def draw(report: Report, path: str | os.PathLike[str]) -> Figure:
     above.set_ylabel("share left")
     above.set_ylim(0, 1.05)
     above.legend(loc="lower left", fontsize="small")
-    above.set_title(report.summary().removeprefix("COMP: ").partition("; layers")[0], fontsize="medium")
-    below.bar(range(count), report.importance, 0.8, color="tab:gray")
+    above.set_title(report.summary().removeprefix("COMP: ").partition(";")[0], fontsize="medium")
+    width = 0.4 if report.effect else 0.8
+    places = [index - width / 2 if report.effect else index for index in range(count)]
+    below.bar(places, report.importance, width, color="tab:gray", label="importance: its output from its input")
+    if report.effect:
+        label = "effect: the network's output from the dense one's,\nwithout a quarter of its neurons"
+        below.bar([index + width / 2 for index in range(count)], report.effect, width, color="tab:orange", label=label)
+        below.legend(fontsize="small")
     below.set_yscale("log")
-    below.set_ylabel("importance\n1 − cos(in, out)")
+    below.set_ylabel("1 − cos; divergence")
     below.set_xlabel("layer of the dense model")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ from edgebolt.comp.blocks import keep_heads, keep_neurons
 from edgebolt.comp.calls import family_of
 from edgebolt.comp.mpnet import kept_heads
 from edgebolt.comp.pruned_models import as_pruned, renumber, stock_config
+from edgebolt.comp.readout import Readout
 from edgebolt.comp.sweep import Slimmed
 
 __all__ = ["LayersInMemory", "cut"]
@@ -76,17 +77,25 @@ class LayersInMemory:
         """A copy, in float32."""
         return copy.deepcopy(self.layers[index]).float().eval()
 
-    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> nn.Module:
+    def readout(self, tokens: Tensor) -> Readout | None:
+        """Copied from the model."""
+        anatomy, head = Anatomy(self.model), getattr(self.model, "lm_head", None)
+        if anatomy.family.norm is None or not isinstance(head, nn.Linear):
+            return None
+        return Readout(
+            anatomy.backbone.get_submodule(anatomy.family.norm), head.weight.data[tokens.to(head.weight.device)]
+        )
+
+    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> None:
         """Keep what is left, and the weights that were solved for."""
         layer = layer.to(next(self.layers[index].parameters()).dtype)
         family = FAMILIES[self.kind]
         self.left[index] = slimmed
         self.weights[index] = {
-            path: parameter.detach().clone()
+            f"{path}.{name}": parameter.detach().clone()
             for path in (family.mlp[-1], family.output)
-            for parameter in [layer.get_submodule(path).get_parameter("weight")]
+            for name, parameter in layer.get_submodule(path).named_parameters()
         }
-        return layer.float()
 
     def stored(self, index: int) -> None:
         """Nothing is left of a run that was interrupted."""
@@ -97,4 +106,4 @@ class LayersInMemory:
         cut(self.model, self.left, uniform)
         for index, layer in layers.items():
             for path, weight in self.weights[index].items():
-                layer.get_submodule(path).get_parameter("weight").data.copy_(weight)
+                layer.get_parameter(path).data.copy_(weight)

@@ -23,14 +23,16 @@ class Recovered(NamedTuple):
     Attributes:
         weight: outputs by kept inputs.
         variance: of the mask; 0 without one.
-        before: the objective with the old columns.
-        after: the objective with ``weight``.
+        before: the objective with the old columns, as a share of it with none.
+        after: the objective with ``weight``, as that share.
+        shift: what is added to the projection's bias: the mean of what is missing; None without one.
     """
 
     weight: Tensor
     variance: float
     before: float
     after: float
+    shift: Tensor | None = None
 
 
 def recovered_weight(
@@ -52,42 +54,46 @@ def recovered_weight(
         kept: int64, ascending, on the sublayer's device.
         recover: ``"none"``: its old columns. ``"mask"``: each unit scaled by the least-squares mask, which is the
             paper's mask tuning (digests; the solver's ridge is ours, and the technique is that of Kwon et al. 2022).
-            ``"lstsq"``: all of the weight solved for, with a ridge towards the old one; ours.
+            ``"lstsq"``: all of the weight solved for, with a ridge towards the old one; ours. Of both, what is missing
+            on average goes to the bias of a projection that has one.
         ridge: share of the mean diagonal of the normal equations.
         variance_bound: of the mask: the ridge grows tenfold, which draws it to one, until it varies no more than that.
     """
     columns = block.columns(kept.cpu()).to(kept.device)
     plain = sublayer.weight[:, columns]
     problem = sublayer.masks(block.unit)
+    energy = max(problem.constant, 1e-30)
     before = problem.error(kept, torch.ones(len(kept), device=kept.device))
-    if recover == "none":
-        return Recovered(plain, 0.0, before, before)
-    variance = 0.0
+    weight, variance, after = plain, 0.0, before
     if recover == "mask":
         mask = problem.tuned(kept, ridge)
         while float(mask.var(correction=0)) > variance_bound and ridge < LARGEST_RIDGE:
             ridge *= 10
             mask = problem.tuned(kept, ridge)
-        usable = bool(mask.isfinite().all()) and float(mask.abs().max()) <= LARGEST_SCALE
         variance = float(mask.var(correction=0))
+        usable = bool(mask.isfinite().all()) and float(mask.abs().max()) <= LARGEST_SCALE
         usable = usable and variance <= variance_bound
         weight, after = plain * mask.repeat_interleave(block.unit), problem.error(kept, mask)
-    else:
-        sublayer.forget_masks()
+    elif recover == "lstsq":
         del problem  # its memory goes to the factor
         pull = ridge * float(sublayer.gram.diagonal()[columns].mean())
-        right = sublayer.cross[columns]
-        for rows in stripes(len(columns)):
-            right[rows] -= sublayer.gram[columns[rows]][:, columns] @ plain.T
+        rest = sublayer.weight.clone()
+        rest[:, columns] = 0
+        right = torch.cat([sublayer.gram[columns[rows]] @ rest.T for rows in stripes(len(columns))])
         weight = plain + solve(lambda: submatrix(sublayer.gram, columns), right, pull).T
         usable, after = bool(weight.isfinite().all()), sublayer.error(columns, weight)
-    if not usable or after > before:
-        return Recovered(plain, 0.0, before, before)
-    return Recovered(weight, variance, before, after)
+    if recover == "none" or not usable or after > before:
+        weight, variance, after = plain, 0.0, before
+    shift = None
+    if sublayer.mean is not None and recover != "none":
+        shift = sublayer.weight @ sublayer.mean - weight @ sublayer.mean[columns]
+    return Recovered(weight, variance, before / energy, after / energy, shift)
 
 
-def fold(consumer: torch.nn.Module, weight: Tensor) -> None:
-    """Write the weight into the narrowed projection."""
+def fold(consumer: torch.nn.Module, found: Recovered) -> None:
+    """Write the weight, and what goes to the bias, into the narrowed projection."""
     parameter = consumer.get_parameter("weight")
     with torch.no_grad():
-        parameter.copy_(weight if isinstance(consumer, torch.nn.Linear) else weight.T)
+        parameter.copy_(found.weight if isinstance(consumer, torch.nn.Linear) else found.weight.T)
+        if found.shift is not None:
+            consumer.get_parameter("bias").add_(found.shift)

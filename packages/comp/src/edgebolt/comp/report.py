@@ -13,7 +13,7 @@ from edgebolt.common.files import replaced
 
 if TYPE_CHECKING:
     from edgebolt.comp.comp import Comp
-    from edgebolt.comp.plan import Plan
+    from edgebolt.comp.plan import Plan, Survey
     from edgebolt.comp.sweep import Seconds, Slimmed
 
 __all__ = ["Report"]
@@ -26,17 +26,18 @@ class Report:
     Attributes:
         options: arguments of :class:`~edgebolt.comp.Comp`.
         parameters: of the whole model, before and after.
-        ratio: share of the layers' parameters that went; differs from the wanted one by rounding, and where the
-            bound on the mask was met (``unmet``).
+        ratio: share of the layers' parameters that went; differs from the wanted one by rounding.
         importance: of each dense layer.
+        effect: of each dense layer, how far the network's output is from the dense one's without a quarter of the
+            layer's neurons: the Kullback-Leibler divergence of the next token's chances, or ``1 − cos`` of the last
+            hidden states where the model is no causal language model; empty where it was not measured.
         dropped: dense layers that went as a whole.
         layers: for each layer that is left: ``layer``, its index in the dense model; ``neurons`` and ``groups``, the
             indices that are left; ``variance`` of the mask; ``error``, the missing share of the feed-forward output's
             energy before and after the recovery.
-        unmet: neurons that should have gone and did not.
         units: neurons and key-value heads of a dense layer; of the largest, where they differ.
         calibration: SHA-256 of the calibration tokens.
-        seconds: by stage.
+        seconds: by stage; of an interrupted run, those since it went on.
         base: the dense model's name.
         files: bytes of weights on disk before and after; zeros for a loaded model.
         versions: of the libraries.
@@ -46,9 +47,9 @@ class Report:
     parameters: tuple[int, int]
     ratio: float
     importance: list[float]
+    effect: list[float]
     dropped: list[int]
     layers: list[dict[str, Any]]
-    unmet: int
     calibration: str
     seconds: dict[str, float]
     base: str = ""
@@ -61,8 +62,8 @@ class Report:
         cls,
         options: Comp,
         plan: Plan,
+        survey: Survey,
         slimmed: dict[int, Slimmed],
-        unmet: int,
         before: int,
         after: int,
         calibration: str,
@@ -76,10 +77,10 @@ class Report:
             options={**asdict(options), "protect": list(options.protect)},
             parameters=(before, after),
             ratio=(before - after) / layer_parameters,
-            importance=plan.importance,
+            importance=survey.importance,
+            effect=survey.effect(),
             dropped=plan.dropped,
             layers=[{"layer": index, **left.to_plain()} for index, left in sorted(slimmed.items())],
-            unmet=unmet,
             calibration=calibration,
             seconds=dict(seconds.by_stage),
             units=units,
@@ -106,12 +107,19 @@ class Report:
         pairs = {name: tuple(plain[name]) for name in ("parameters", "files", "units")}
         return cls(**{**plain, **pairs})
 
+    def stages(self) -> str:
+        """Seconds of each stage and its share, the longest first; of an interrupted run, those since it went on."""
+        total = max(sum(self.seconds.values()), 1e-9)
+        order = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return ", ".join(f"{stage} {spent:.1f} ({spent / total:.0%})" for stage, spent in order)
+
     def summary(self) -> str:
         """One line."""
         before, after = self.parameters
         widths = [len(entry["neurons"]) for entry in self.layers]
-        unmet = f"; {self.unmet} neurons could not go within variance_bound" if self.unmet else ""
+        dropped = f"layers {self.dropped} dropped; " if self.dropped else ""
+        where = "the others" if dropped else "each layer"
         return (
             f"COMP: {before / 1e6:,.1f} M parameters -> {after / 1e6:,.1f} M ({self.ratio:.1%} of the layers'); "
-            f"layers {self.dropped} dropped; {min(widths)} to {max(widths)} neurons left in the others{unmet}."
+            f"{dropped}{min(widths)} to {max(widths)} neurons left in {where}."
         )

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgebolt.common.files import replaced
-from edgebolt.comp.blocks import resize_layer
 from edgebolt.comp.calls import family_of
 from edgebolt.comp.checkpoint import Skeleton
-from edgebolt.comp.mpnet import kept_heads, set_kept_heads
+from edgebolt.comp.mpnet import kept_heads
 from edgebolt.comp.pruned_models import pruned_class, pruned_config, stock_config
+from edgebolt.comp.readout import Readout
 from edgebolt.comp.sweep import Slimmed
 
 __all__ = ["LayersInFiles"]
@@ -74,10 +74,19 @@ class LayersInFiles:
         """Read from the checkpoint."""
         return self.skeleton.layer(index)
 
+    def readout(self, tokens: Tensor) -> Readout | None:
+        """Of the head, which may be the embeddings, these rows are read."""
+        anatomy, names = self.skeleton.anatomy, self.skeleton.names
+        if anatomy.family.norm is None or not isinstance(getattr(anatomy.model, "lm_head", None), nn.Linear):
+            return None
+        stored = names.get("lm_head.weight") or names[f"{anatomy.prefix}{anatomy.family.embedding}.weight"]
+        rows = self.skeleton.checkpoint.rows(stored, tokens.tolist())
+        return Readout(anatomy.backbone.get_submodule(anatomy.family.norm), rows)
+
     def _part(self, index: int) -> Path:
         return self.parts / f"layer-{index:05d}.safetensors"
 
-    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> nn.Module:
+    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> None:
         """Write a file."""
         layer = layer.to(self.dtype)
         tensors = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
@@ -86,21 +95,14 @@ class LayersInFiles:
             plain["heads"] = kept_heads(layer)
         with replaced(self._part(index), durable=True) as partial:
             save_file(tensors, partial, metadata={"slimmed": json.dumps(plain)})
-        return layer.float()
 
-    def stored(self, index: int) -> tuple[nn.Module, Slimmed] | None:
-        """Read that file."""
-        path = self._part(index)
-        if not path.exists():
+    def stored(self, index: int) -> Slimmed | None:
+        """What that file says."""
+        if not self._part(index).exists():
             return None
         plain = self._slimmed(index)
-        layer = copy.deepcopy(self.skeleton.anatomy.layers[index])
-        resize_layer(self.kind, layer, self.config, len(plain["neurons"]), len(plain["groups"]))
-        if "heads" in plain:
-            set_kept_heads(layer, plain.pop("heads"))
-        with safe_open(path, framework="pt") as file:
-            layer.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, assign=True)  # noqa: SIM118
-        return layer.eval(), Slimmed(**{**plain, "error": tuple(plain["error"])})
+        plain.pop("heads", None)
+        return Slimmed(**{**plain, "error": tuple(plain["error"])})
 
     def _slimmed(self, index: int) -> dict[str, Any]:
         with safe_open(self._part(index), framework="pt") as file:

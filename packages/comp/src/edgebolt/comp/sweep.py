@@ -1,31 +1,38 @@
-"""The two passes over the layers, of which one at a time is in memory."""
+"""One pass over the dense layers that measures them, and one that prunes; a layer at a time is in memory."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edgebolt.common.files import replaced
 from edgebolt.comp.blocks import Block, attention_block, ffn_block, keep_heads, keep_neurons, matrix
-from edgebolt.comp.calls import Calibration, Call, run_layer, watching
+from edgebolt.comp.calls import Calibration, first_sequences, run_layer, scaled_inputs, watching
 from edgebolt.comp.importance import BlockInfluence
 from edgebolt.comp.least_squares import Sublayer
-from edgebolt.comp.plan import Plan
+from edgebolt.comp.plan import Plan, Survey
+from edgebolt.comp.readout import Readout, effect_at_the_end
 from edgebolt.comp.recovery import fold, recovered_weight
-from edgebolt.comp.selection import select
+from edgebolt.comp.selection import RemovalOrder, removal_order
 
 if TYPE_CHECKING:
     from edgebolt.comp.comp import Comp
 
-__all__ = ["Layers", "Seconds", "Slimmed", "layer_importance", "prune_layers"]
+__all__ = ["Layers", "Seconds", "Slimmed", "prune_layers", "survey_layers"]
+
+PROBED = 0.25  # share of a block's units without which its effect is measured
 
 
 @dataclass
@@ -36,7 +43,8 @@ class Slimmed:
         neurons: indices of the neurons that stay, ascending.
         groups: indices of the key-value heads that stay.
         variance: of the mask of the feed-forward part.
-        error: share of the feed-forward output's energy that is missing: before the recovery, and after.
+        error: share of the feed-forward output's energy that is missing: before the recovery, and after. Of a
+            projection with a bias, it is that around the mean.
     """
 
     neurons: list[int]
@@ -60,11 +68,14 @@ class Layers(Protocol):
     def dense(self, index: int) -> nn.Module:
         """A float32 copy of a layer, in evaluation mode, that may be changed."""
 
-    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> nn.Module:
-        """Keep a pruned layer; returns it as it was stored, rounded to the model's dtype, in float32."""
+    def readout(self, tokens: Tensor) -> Readout | None:
+        """Of a causal language model, among these tokens; None for any other model."""
 
-    def stored(self, index: int) -> tuple[nn.Module, Slimmed] | None:
-        """A layer that an interrupted run has finished."""
+    def store(self, index: int, layer: nn.Module, slimmed: Slimmed) -> None:
+        """Keep a pruned layer, in the model's dtype."""
+
+    def stored(self, index: int) -> Slimmed | None:
+        """What is left of a layer that an interrupted run has finished."""
 
 
 class Seconds:
@@ -84,28 +95,18 @@ class Seconds:
 
 
 @dataclass
-class Streams:
-    """Hidden states of all batches, in memory, or in mapped files where they are large."""
+class Branch:
+    """A few sequences of a model of which one block alone is pruned.
 
-    batches: list[Tensor]
-    folder: Path | None = None
-    files: list[Path] = field(default_factory=list)
+    Attributes:
+        index: layer of the block.
+        name: of the block.
+        hidden: where the sequences are, behind the layers that were run.
+    """
 
-    def copy(self) -> Streams:
-        """A second stream with the same values."""
-        other = Streams([], self.folder)
-        for batch in self.batches:
-            other.batches.append(other.room(batch).copy_(batch))
-        return other
-
-    def room(self, like: Tensor) -> Tensor:
-        """An empty tensor of the same shape."""
-        if self.folder is None:
-            return torch.empty_like(like)
-        path = self.folder / f"stream-{id(self):x}-{len(self.files)}.bin"
-        self.files.append(path)
-        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
-        return flat.view(like.shape)
+    index: int
+    name: str
+    hidden: Tensor
 
 
 def counted(calibration: Calibration, batch: int, skip_first: bool) -> Tensor:
@@ -114,237 +115,216 @@ def counted(calibration: Calibration, batch: int, skip_first: bool) -> Tensor:
     return real & (real.cumsum(1) > 1) if skip_first else real  # padding may be on the left
 
 
-def layer_importance(
+def blocks_of(layers: Layers, layer: nn.Module, options: Comp) -> list[Block]:
+    """What of a layer is pruned."""
+    ffn = ffn_block(layers.kind, layer)
+    return [attention_block(layers.kind, layer, layers.config), ffn] if options.prune_attention else [ffn]
+
+
+def survey_layers(
     layers: Layers,
     calibration: Calibration,
-    streams: Streams,
+    folder: Path,
+    options: Comp,
     seconds: Seconds,
-    skip_first: bool = False,
-    done: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """One pass through the dense layers; the streams are used up.
+    resumable: bool = False,
+    done: Callable[[int], object] = lambda count: None,
+) -> Survey:
+    """Run the dense model layer by layer: what each does, in which order its units go, and what that does in the end.
+
+    Args:
+        layers: of the model.
+        calibration: what enters the first layer, which is used up; with what each is called.
+        folder: where the sums of each layer go, a file each, to be solved with when the rates are known.
+        options: the user's.
+        seconds: where the time is added.
+        resumable: leave a file with the state after each layer, and go on from it where there is one.
+        done: called with the number of layers behind which the run is.
 
     Returns:
-        The importance of each layer.
+        What was found out.
     """
-    scores = []
-    for index in range(len(layers)):
-        with seconds.spent("load"):
-            layer = layers.dense(index)
-        influence = BlockInfluence()
-        with seconds.spent("importance"):
-            for batch, hidden in enumerate(streams.batches):
-                out = run_layer(layer, hidden, calibration.calls[batch][index])
-                real = counted(calibration, batch, skip_first)
-                influence.add(hidden[real], out[real])
-                hidden.copy_(out)
-        scores.append(influence.value)
-        done()
-    return scores
+    hidden, state = calibration.hidden, folder / "survey.safetensors"
+    found, branches = Survey([], []), list[Branch]()
+    if resumable and state.exists():
+        found, branches = _resume(state, hidden)
+        done(len(found.importance))
+    probes = min(options.effect_sequences, len(hidden[0]))
+    measured = options.allocation == "effect" and not options.uniform
+    for index in range(len(found.importance), len(layers)):
+        entering = hidden[0][:probes].clone()
+        influence, sums = _run_dense(layers, calibration, index, options, seconds)
+        _trim()
+        orders, scales = {}, {}
+        for block, own in sums:
+            own.save(_sums_file(folder, index, block.name))
+            with seconds.spent("selection"):
+                orders[block.name], scales[block.name] = _order(own, block, options, measured)
+        del sums, own
+        _trim()
+        if measured:
+            with seconds.spent("load"):
+                layer = layers.dense(index)
+            with seconds.spent("effect"):
+                call = first_sequences(calibration.calls[0][index], len(hidden[0]), probes)
+                for branch in branches:
+                    branch.hidden = run_layer(layer, branch.hidden, call)
+                for block in blocks_of(layers, layer, options):
+                    if orders[block.name].probed:
+                        with scaled_inputs(layer, block.consumer, scales[block.name]):
+                            branches.append(Branch(index, block.name, run_layer(layer, entering, call)))
+            del layer
+        found.importance.append(influence.value)
+        found.orders.append(orders)
+        if resumable:
+            with seconds.spent("write"):
+                _save(state, hidden, found, branches)
+        done(1)
+    real = counted(calibration, 0, options.skip_first)[:probes]
+    with seconds.spent("effect"):
+        tokens = calibration.vocabulary()
+        readout = layers.readout(tokens) if branches and tokens is not None else None
+        for branch in branches:
+            effect = effect_at_the_end(readout, hidden[0][:probes], branch.hidden, real)
+            found.orders[branch.index][branch.name].effect = max(effect, 1e-12)
+    return found
+
+
+def _run_dense(
+    layers: Layers, calibration: Calibration, index: int, options: Comp, seconds: Seconds
+) -> tuple[BlockInfluence, list[tuple[Block, Sublayer]]]:
+    """Let all batches pass a layer; its weights are free afterwards."""
+    with seconds.spent("load"):
+        layer = layers.dense(index)
+    influence, sums = BlockInfluence(), list[tuple[Block, Sublayer]]()
+    for block in blocks_of(layers, layer, options):
+        consumer: Any = layer.get_submodule(block.consumer)
+        sums.append((block, Sublayer(matrix(consumer), centred=consumer.bias is not None)))
+    for batch, entering in enumerate(calibration.hidden):
+        real = counted(calibration, batch, options.skip_first)
+        with seconds.spent("forward"), ExitStack() as stack:
+            seen = [stack.enter_context(watching(layer, block.consumer)) for block, _ in sums]
+            leaving = run_layer(layer, entering, calibration.calls[batch][index])
+            influence.add(entering[real], leaving[real])
+        entering.copy_(leaving)
+        del leaving
+        with seconds.spent("sums"):
+            for (_, own), watched in zip(sums, seen, strict=True):
+                ((inputs, _),) = watched
+                watched.clear()
+                own.add(inputs[real])
+        del inputs  # the widest of what is held
+    return influence, sums
+
+
+def _order(sums: Sublayer, block: Block, options: Comp, measured: bool) -> tuple[RemovalOrder, Tensor | None]:
+    """The order of a block; and what its inputs are scaled by where its effect is measured, zero for units that go."""
+    most = max(0, min(int(options.largest_rate * block.units), block.units - 1))
+    problem = sums.masks(block.unit, consume=True)
+    order = removal_order(problem, most, options.score, options.step, options.variance_bound, options.ridge)
+    if not measured or not order.gone:
+        return order, None
+    order.probed = min(order.gone, key=lambda gone: abs(gone - PROBED * block.units))
+    kept = order.kept(order.probed).to(problem.gram.device)
+    mask = problem.tuned(kept, options.ridge)
+    scale = torch.zeros_like(problem.linear).index_copy_(0, kept, mask)
+    return order, scale.repeat_interleave(block.unit).float()
 
 
 def prune_layers(
     layers: Layers,
-    calibration: Calibration,
-    teacher: Streams,
     plan: Plan,
+    survey: Survey,
+    folder: Path,
     options: Comp,
     seconds: Seconds,
-    done: Callable[[], object] = lambda: None,
-) -> tuple[dict[int, Slimmed], int]:
-    """The second pass: the dense model's stream and the pruned model's run side by side through the layers.
+    done: Callable[[int], object] = lambda count: None,
+) -> dict[int, Slimmed]:
+    """Cut each layer that stays to what the plan says, and make up for what went.
 
     Args:
         layers: source and sink.
-        calibration: the calls, and which tokens are real.
-        teacher: what enters the first layer; used up.
-        plan: what goes; changed where a layer hands its quota on.
+        plan: what goes.
+        survey: in which order.
+        folder: with the sums of the survey.
         options: the user's.
         seconds: where the time is added.
         done: called after each layer.
 
     Returns:
-        What is left, by index of the dense layer, and how many neurons could not be removed in all.
+        What is left, by index of the dense layer.
     """
-    student = teacher  # until something is removed
     slimmed: dict[int, Slimmed] = {}
-    unmet = 0
-    layer: nn.Module
-    small: nn.Module
     for index in range(len(layers)):
-        layer = small = nn.Identity()  # the last one's memory is free before the next is read
-        _trim()
-        with seconds.spent("load"):
-            layer = layers.dense(index)
-        total = ffn_block(layers.kind, layer).units
-        dropped = index in plan.dropped
-        touched = dropped or plan.neurons[index] > 0 or plan.groups[index] > 0
-        same = student is teacher
-        if touched and same:
-            student = teacher.copy()
-        if dropped:
-            with seconds.spent("teacher"):
-                _advance(layer, teacher, calibration, index)
-            done()
-            continue
-        finished = layers.stored(index)
-        if finished is not None or not touched:
-            with seconds.spent("teacher"):
-                _advance(layer, teacher, calibration, index)
-            if finished is None:
-                groups = attention_block(layers.kind, layer, layers.config).units
-                left = Slimmed(list(range(total)), list(range(groups)))
-                small = layers.store(index, layer, left)
-            else:
-                small, left = finished
-        else:
-            small, left = _prune_layer(
-                layers, index, layer, calibration, teacher, student, same, plan, options, seconds
+        if index not in plan.dropped:
+            slimmed[index] = layers.stored(index) or _prune_layer(
+                layers, index, plan, survey, folder, options, seconds
             )
-        slimmed[index] = left
-        if student is not teacher:
-            with seconds.spent("student"):
-                _advance(small, student, calibration, index)
-        if plan.neurons[index]:
-            missing = len(left.neurons) - (total - plan.neurons[index])
-            if missing > 0:
-                unmet += plan.hand_on(index, missing, options.round_to)
-        done()
-    return slimmed, unmet
-
-
-def _advance(layer: nn.Module, streams: Streams, calibration: Calibration, index: int) -> None:
-    for batch, hidden in enumerate(streams.batches):
-        hidden.copy_(run_layer(layer, hidden, calibration.calls[batch][index]))
+        done(1)
+    return slimmed
 
 
 def _prune_layer(
-    layers: Layers,
-    index: int,
-    layer: nn.Module,
-    calibration: Calibration,
-    teacher: Streams,
-    student: Streams,
-    same: bool,
-    plan: Plan,
-    options: Comp,
-    seconds: Seconds,
-) -> tuple[nn.Module, Slimmed]:
-    """Prune one layer and let the teacher pass it."""
-    kind, config = layers.kind, layers.config
-    blocks: list[tuple[Block, int]] = []
-    if plan.groups[index]:
-        blocks.append((attention_block(kind, layer, config), plan.groups[index]))
-    if plan.neurons[index]:
-        blocks.append((ffn_block(kind, layer), plan.neurons[index]))
-    groups = torch.arange(attention_block(kind, layer, config).units)
-    neurons = torch.arange(ffn_block(kind, layer).units)
-    variance, error = 0.0, (0.0, 0.0)
-    dense = layer if len(blocks) == 1 else layers.dense(index)
-    changes: list[tuple[Block, Tensor, Tensor]] = []
-    for number, (block, remove) in enumerate(blocks):
-        last = number == len(blocks) - 1
-        sums = _sums(dense, layer, block, index, calibration, teacher, student, same, last, options, seconds)
-        if last:  # the weights make room for the square matrices, and are read again
-            dense.to("meta")
-            layer.to("meta")
-            _trim()
-        with seconds.spent("selection"):
-            kept = _choose(sums, block, remove, options)
-        if len(kept) == block.units:  # the bound was met at once: the layer stays as it is
-            continue
-        with seconds.spent("recovery"):
-            found = recovered_weight(sums, block, kept, options.recover, options.ridge, options.variance_bound)
-        changes.append((block, kept.cpu(), found.weight))
-        if block.name == "attention":
-            groups = kept.cpu()
-        else:
-            energy = max(sums.energy, 1e-30)
-            neurons, variance, error = kept, found.variance, (found.before / energy, found.after / energy)
-        if not last:
-            _change(layers, layer, changes)
-        same = False
-    del sums
+    layers: Layers, index: int, plan: Plan, survey: Survey, folder: Path, options: Comp, seconds: Seconds
+) -> Slimmed:
     with seconds.spent("load"):
         layer = layers.dense(index)
-    _change(layers, layer, changes)
-    left = Slimmed(neurons.tolist(), groups.tolist(), variance, error)
-    return layers.store(index, layer, left), left
+    kind, config = layers.kind, layers.config
+    left = Slimmed(list(range(ffn_block(kind, layer).units)), list(range(attention_block(kind, layer, config).units)))
+    for block in blocks_of(layers, layer, options):
+        remove = (plan.neurons if block.name == "ffn" else plan.groups)[index]
+        if not remove:
+            continue
+        kept = survey.orders[index][block.name].kept(remove)
+        consumer = layer.get_submodule(block.consumer)
+        with seconds.spent("recovery"):
+            sums = Sublayer.load(_sums_file(folder, index, block.name), matrix(consumer))
+            found = recovered_weight(
+                sums, block, kept.to(sums.gram.device), options.recover, options.ridge, options.variance_bound
+            )
+            del sums
+        if block.name == "attention":
+            keep_heads(kind, layer, kept, config)
+            left.groups = kept.tolist()
+        else:
+            keep_neurons(kind, layer, kept)
+            left.neurons, left.variance, left.error = kept.tolist(), found.variance, (found.before, found.after)
+        fold(consumer, found)
+    with seconds.spent("write"):
+        layers.store(index, layer, left)
+    _trim()
+    return left
+
+
+def _sums_file(folder: Path, index: int, name: str) -> Path:
+    return folder / f"sums-{index:05d}-{name}.safetensors"
+
+
+def _save(path: Path, hidden: list[Tensor], found: Survey, branches: list[Branch]) -> None:
+    """All that a survey needs to go on behind the layers that it has finished."""
+    tensors = {f"hidden.{number}": batch for number, batch in enumerate(hidden)}
+    tensors |= {f"branch.{number}": branch.hidden for number, branch in enumerate(branches)}
+    notes = {
+        "survey": json.dumps(found.to_plain()),
+        "branches": json.dumps([(branch.index, branch.name) for branch in branches]),
+    }
+    with replaced(path, durable=True) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, notes)
+
+
+def _resume(path: Path, hidden: list[Tensor]) -> tuple[Survey, list[Branch]]:
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+        for number, batch in enumerate(hidden):
+            batch.copy_(file.get_tensor(f"hidden.{number}"))
+        branches = [
+            Branch(index, name, file.get_tensor(f"branch.{number}"))
+            for number, (index, name) in enumerate(json.loads(notes["branches"]))
+        ]
+    return Survey.from_plain(json.loads(notes["survey"])), branches
 
 
 def _trim() -> None:
     """Give the system back what was freed: glibc keeps tensors of up to 32 MiB, a layer or so of them."""
     with suppress(OSError, AttributeError, TypeError):  # another libc, or none
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _change(layers: Layers, layer: nn.Module, changes: list[tuple[Block, Tensor, Tensor]]) -> None:
-    """Take out of a layer what does not stay, and give the projections behind it their weights."""
-    for block, kept, weight in changes:
-        if block.name == "attention":
-            keep_heads(layers.kind, layer, kept, layers.config)
-        else:
-            keep_neurons(layers.kind, layer, kept)
-        fold(layer.get_submodule(block.consumer), weight)
-
-
-def _choose(sums: Sublayer, block: Block, remove: int, options: Comp) -> Tensor:
-    problem = sums.masks(block.unit, consume=options.recover != "lstsq")
-    bound = options.variance_bound if options.at_bound == "hand_on" else float("inf")
-    arguments = (options.score, options.step, bound, options.ridge)
-    kept = select(problem, remove, *arguments)
-    missing = len(kept) - (block.units - remove)
-    if missing and block.name == "ffn":  # the bound was met: back to the next multiple
-        fewer = remove - -(-missing // options.round_to) * options.round_to
-        kept = select(problem, max(0, fewer), *arguments)
-    return kept
-
-
-def _sums(
-    dense: nn.Module,
-    layer: nn.Module,
-    block: Block,
-    index: int,
-    calibration: Calibration,
-    teacher: Streams,
-    student: Streams,
-    same: bool,
-    last: bool,
-    options: Comp,
-    seconds: Seconds,
-) -> Sublayer:
-    """Run the layer on both streams and sum up what its projection gets and gives; the last time, go on.
-
-    ``dense`` and ``layer`` are one as long as nothing of the layer is pruned.
-    """
-    sums = Sublayer(matrix(layer.get_submodule(block.consumer)))
-    for batch, entering in enumerate(teacher.batches):
-        call = calibration.calls[batch][index]
-        with seconds.spent("teacher"):
-            out, inputs, target = _watched(dense, block, entering, call)
-        if not same:
-            del inputs  # the widest of what is held
-            with seconds.spent("student"):
-                out_student, inputs, given = _watched(layer, block, student.batches[batch], call)
-            if options.target == "residual":
-                # What the dense model has after the sum, less what this model brings to it by the other way.
-                if block.name == "ffn":
-                    target = out - out_student + given
-                else:
-                    target = target + entering - student.batches[batch]
-        with seconds.spent("sums"):
-            real = counted(calibration, batch, options.skip_first)
-            sums.add(inputs[real], target[real])
-        del inputs, target  # before the next batch runs
-        if last:
-            entering.copy_(out)
-    return sums
-
-
-def _watched(layer: nn.Module, block: Block, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """What leaves the layer; what its projection gets, and gives before its bias."""
-    with watching(layer, block.consumer) as seen:
-        out = run_layer(layer, hidden, call)
-    ((inputs, given),) = seen
-    bias: Any = layer.get_submodule(block.consumer).bias
-    return out, inputs, given if bias is None else given - bias.detach()
