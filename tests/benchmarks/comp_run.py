@@ -64,7 +64,7 @@ METHODS = {
     "magnitude": rival("magnitude"),
     "Wanda-sp": rival("wanda-sp"),
     "ShortGPT": rival("shortgpt"),
-    "FLAP": rival("flap", heads_from=0.4),
+    "FLAP": rival("flap", heads_from=0.3),
     # Batches of two take less memory than larger ones, and give the same sums of gradients.
     "LLM-Pruner": rival("llm-pruner", batch_size=2, heads_from=0.5),
 }
