@@ -181,3 +181,12 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids(tmp_path):
     dense = saved(tiny("llama"), tmp_path / "dense")
     report = prune(str(dense), [list(range(4, 40))] * 4, tmp_path / "small", length=12)
     assert report.ratio > 0.4
+
+
+def test_what_cannot_be_done_is_known_before_anything_is_run(tmp_path, monkeypatch):
+    dense = saved(tiny("llama"), tmp_path / "dense")
+    monkeypatch.setattr("edgebolt.comp.comp.capture", lambda *args: 1 / 0)
+    for options in ({"ratio": 0.9, "depth_fraction": 0.1}, {"round_to": 64, "depth_fraction": 0.0}):
+        with pytest.raises(ValueError, match="lower"):
+            prune(str(dense), output=tmp_path / "small", **options)
+    assert not (tmp_path / "small").exists()

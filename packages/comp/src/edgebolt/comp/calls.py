@@ -46,7 +46,7 @@ class Calibration:
 
     def vocabulary(self) -> Tensor | None:
         """All tokens that occur, ascending; None if some batch was no token ids."""
-        if not self.ids or len(self.ids) < len(self.hidden):
+        if len(self.ids) < len(self.hidden):
             return None
         occurring: Tensor = torch.cat([ids.flatten() for ids in self.ids]).unique()  # type: ignore[no-untyped-call]
         return occurring
@@ -200,7 +200,7 @@ def watching(layer: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 @contextmanager
-def scaled_inputs(layer: nn.Module, path: str, scale: Tensor | None) -> Iterator[None]:
+def scaled_inputs(layer: nn.Module, path: str, scale: Tensor) -> Iterator[None]:
     """Inside the block, the projection at ``path`` gets its inputs multiplied by ``scale``, one number each."""
     hook = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * scale, *args[1:]))
     try:

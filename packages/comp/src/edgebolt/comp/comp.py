@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -197,6 +197,7 @@ class Comp:
         layers = LayersInMemory(model)
         before, total = parameter_count(model), sum(map(parameter_count, layers.layers))
         units = _units(layers, list(layers.layers))
+        self._check_sizes(layers.kind, layers.config, list(layers.layers))
         with tempfile.TemporaryDirectory(prefix="comp-") as folder:
             plan, survey, slimmed, seconds = self._passes(
                 layers, list(layers.layers), calibration, Path(folder), progress, resumable=False
@@ -227,6 +228,8 @@ class Comp:
             pruned_class(type(skeleton.model))
         weights = sorted(folder / file for file in set(skeleton.checkpoint.files.values()))
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
+        shapes = list(skeleton.anatomy.layers)
+        self._check_sizes(kind, config, shapes)
         job = {"comp": _plain(self), "model": name, "weights": stamps, "calibration": digest}
         _open_output(output, job)
         before, total = parameter_count(skeleton.model), sum(map(parameter_count, skeleton.anatomy.layers))
@@ -235,7 +238,6 @@ class Comp:
         model = skeleton.model
         calibration = capture(model, [partial(model, **batch) for batch in batches])
         layers = LayersInFiles(skeleton, output)
-        shapes = list(skeleton.anatomy.layers)
         units = _units(layers, shapes)
         plan, survey, slimmed, seconds = self._passes(
             layers, shapes, calibration, layers.parts, progress, resumable=True
@@ -265,6 +267,10 @@ class Comp:
             )
         return kind
 
+    def _check_sizes(self, kind: str, config: Any, shapes: list[nn.Module]) -> None:
+        """Whether as much can go: that is known before anything is run."""
+        make_plan(kind, config, shapes, _alike(shapes), replace(self, allocation="uniform"))
+
     def _batches(self, texts: Texts, tokenizer: Any, kind: str) -> list[dict[str, Tensor]]:
         padded = kind in ("bert", "roberta", "mpnet")
         return batches_of(texts, tokenizer, self.samples, self.length, self.batch_size, self.seed, padded)
@@ -279,23 +285,23 @@ class Comp:
         resumable: bool,
     ) -> tuple[Plan, Survey, dict[int, Slimmed], Seconds]:
         """Survey, plan, prune; what is left in the folder lets an interrupted run go on."""
-        seconds, done = Seconds(), folder / "survey.json"
+        seconds = Seconds()
         with tqdm(total=2 * len(layers), desc="COMP", unit="layer", disable=not progress) as bar:
-            if not self.ratio:
-                survey = Survey([1.0] * len(layers), [{} for _ in range(len(layers))])
-                bar.update(len(layers))
-            elif done.exists():
-                survey = Survey.from_plain(json.loads(done.read_text()))
-                bar.update(len(layers))
-            else:
+            if self.ratio:
                 with _mapped(calibration, folder):
                     survey = survey_layers(layers, calibration, folder, self, seconds, resumable, bar.update)
-                with replaced(done, durable=True) as partial_file:
-                    partial_file.write_text(json.dumps(survey.to_plain()))
+            else:
+                survey = _alike(shapes)
+                bar.update(len(layers))
             calibration.hidden.clear()
             plan = make_plan(layers.kind, layers.config, shapes, survey, self)
             slimmed = prune_layers(layers, plan, survey, folder, self, seconds, bar.update)
         return plan, survey, slimmed, seconds
+
+
+def _alike(shapes: list[nn.Module]) -> Survey:
+    """Of layers that nothing is known of."""
+    return Survey([1.0] * len(shapes), [{} for _ in shapes])
 
 
 def _plain(options: Comp) -> dict[str, Any]:
@@ -320,15 +326,16 @@ def _local(name: str) -> Path:
 
 @contextlib.contextmanager
 def _mapped(calibration: Calibration, folder: Path) -> Iterator[None]:
-    """Inside the block, large hidden states are in mapped files."""
-    if sum(batch.nbytes for batch in calibration.hidden) <= MAPPED_ABOVE:
+    """Inside the block, large hidden states are in mapped files, if they are on the CPU."""
+    batches = calibration.hidden
+    if batches[0].is_cuda or sum(batch.nbytes for batch in batches) <= MAPPED_ABOVE:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="hidden-", dir=folder) as place:
-        for number, batch in enumerate(calibration.hidden):
+        for number, batch in enumerate(batches):
             file = str(Path(place) / f"{number}.bin")
             flat = torch.from_file(file, shared=True, size=batch.numel(), dtype=batch.dtype)
-            calibration.hidden[number] = flat.view(batch.shape).copy_(batch)
+            batches[number] = flat.view(batch.shape).copy_(batch)
         yield
 
 

@@ -155,11 +155,13 @@ def survey_layers(
         entering = hidden[0][:probes].clone()
         influence, sums = _run_dense(layers, calibration, index, options, seconds)
         _trim()
-        orders, scales = {}, {}
+        orders, scales = dict[str, RemovalOrder](), dict[str, Tensor]()
         for block, own in sums:
             own.save(_sums_file(folder, index, block.name))
             with seconds.spent("selection"):
-                orders[block.name], scales[block.name] = _order(own, block, options, measured)
+                orders[block.name], scale = _order(own, block, options, measured)
+            if scale is not None:
+                scales[block.name] = scale
         del sums, own
         _trim()
         if measured:
@@ -170,7 +172,7 @@ def survey_layers(
                 for branch in branches:
                     branch.hidden = run_layer(layer, branch.hidden, call)
                 for block in blocks_of(layers, layer, options):
-                    if orders[block.name].probed:
+                    if block.name in scales:
                         with scaled_inputs(layer, block.consumer, scales[block.name]):
                             branches.append(Branch(index, block.name, run_layer(layer, entering, call)))
             del layer
