@@ -23,7 +23,7 @@ def test_layer_by_layer_equals_the_model(kind, implementation):  # MPNet has eag
     norm = Anatomy(model).norm
     hidden = hidden if norm is None else norm(hidden)
     assert torch.equal(hidden, logits(model, batch, attention_mask=mask))
-    assert calibration.tokens == int(mask.sum()) and torch.equal(calibration.real[0], mask.bool())
+    assert torch.equal(calibration.real[0], mask.bool())
 
 
 def test_a_cache_is_left_alone():
@@ -57,17 +57,17 @@ def test_hidden_states_are_float32_whatever_the_model_is():
     assert cos.dtype == sin.dtype == torch.float32
 
 
-def test_what_a_projection_gets_and_gives():
+def test_what_a_projection_gets():
     layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     x = torch.randn(5, 3)
     with watching(layer, "1") as seen:
         layer(x)
     layer(x)
-    ((inputs, outputs),) = seen
-    assert torch.equal(inputs, layer[0](x)) and torch.equal(outputs, layer(x))
+    (inputs,) = seen
+    assert torch.equal(inputs, layer[0](x))
     with pytest.raises(RuntimeError), watching(layer, "1"):
         layer(x[:, :2])
-    assert not layer[1]._forward_hooks  # after an error too
+    assert not layer[1]._forward_pre_hooks  # after an error too
 
 
 def test_left_padding_counts_as_padding():

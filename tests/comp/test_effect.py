@@ -39,7 +39,7 @@ def run(model, batches, layer, path, inside=None):
     for batch in batches:
         with ExitStack() as stack:
             if inside is not None:
-                stack.enter_context(scaled_inputs(anatomy.layers[layer], path, inside))
+                stack.enter_context(scaled_inputs(anatomy.layers[layer], path, *inside))
             inputs = stack.enter_context(watching(anatomy.layers[layer], path))
             last = anatomy.layers[-1].register_forward_hook(
                 lambda _, args, out: left.append(out[0] if isinstance(out, tuple) else out)
@@ -47,7 +47,7 @@ def run(model, batches, layer, path, inside=None):
             with torch.no_grad():
                 given.append(model(**batch)[0])
             last.remove()
-        seen.append(inputs[0][0])
+        seen.append(inputs[0])
     return seen, left, given
 
 
@@ -73,7 +73,8 @@ def by_hand(model, batches, index, name, sequences):
     kept = order.kept(gone)
     scale = torch.zeros(block.units, dtype=torch.float64)
     scale[kept] = problem.tuned(kept, OPTIONS.ridge)
-    _, cut, found = run(model, batches, index, block.consumer, scale.repeat_interleave(block.unit).float())
+    inside = scale.repeat_interleave(block.unit).float(), None if sums.mean is None else sums.mean.float()
+    _, cut, found = run(model, batches, index, block.consumer, inside)
     counts = real[0][:sequences]
     if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
         words = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
@@ -100,9 +101,9 @@ def test_an_effect_is_that_of_one_block_in_the_whole_model(kind, auto, size, seq
         for name, found in orders.items():
             order, gone, effect = by_hand(model, batches, index, name, sequences)
             assert (found.units, found.gone, found.probed) == (order.units, order.gone, gone)
-            assert found.effect == pytest.approx(effect, rel=2e-3, abs=1e-6)
+            assert found.effect == pytest.approx(effect, rel=2e-3, abs=1e-7)
             effects.append(effect)
-    assert min(effects) > 1e-5 and max(effects) > 1.5 * min(effects)
+    assert min(effects) > 1e-6 and max(effects) > 1.5 * min(effects)
     assert survey.effect() == [own["ffn"].effect for own in survey.orders]
     assert survey.orders[0]["ffn"].probed == INNER // 4
 
@@ -180,3 +181,47 @@ def test_on_average_a_projection_with_a_bias_gives_what_it_gave(kind, recover):
             alike.append(torch.allclose(given, wanted, rtol=1e-4, atol=1e-5))
             assert torch.equal(before.bias, after.bias) is (recover == "none")
     assert len(alike) >= LAYERS and set(alike) == {recover != "none"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_effect_is_that_of_the_block_as_it_is_folded(kind, tmp_path):
+    """Also where a bias makes up for the mean of what is missing."""
+    from edgebolt.comp.blocks import keep_neurons
+    from edgebolt.comp.recovery import fold, recovered_weight
+
+    model, batches = tiny(kind), padded(24, 8)
+    options = {"prune_attention": False, "recover": "mask"}
+    survey = surveyed(model, batches, tmp_path, **options)
+    words = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
+    real = batches[0]["attention_mask"].bool()[: OPTIONS.effect_sequences]
+
+    def chances():
+        with torch.no_grad():
+            return model(**batches[0])[0][: OPTIONS.effect_sequences][real][:, words]
+
+    dense = chances()
+    for index, orders in enumerate(survey.orders):
+        layer = Anatomy(model).layers[index]
+        block = ffn_block(model.config.model_type, layer)
+        sums = Sublayer.load(
+            tmp_path / f"sums-{index:05d}-ffn.safetensors", matrix(layer.get_submodule(block.consumer))
+        )
+        kept = orders["ffn"].kept(orders["ffn"].probed)
+        found = recovered_weight(sums, block, kept, "mask", OPTIONS.ridge, OPTIONS.variance_bound)
+        model = tiny(kind)
+        layer = Anatomy(model).layers[index]
+        keep_neurons(model.config.model_type, layer, kept)
+        fold(layer.get_submodule(block.consumer), found)
+        assert orders["ffn"].effect == pytest.approx(divergence(dense, chances()) / len(dense), rel=2e-3, abs=1e-6)
+        model = tiny(kind)
+
+
+def test_dead_neurons_do_not_make_the_others_free(tmp_path):
+    """A third of a layer is dead: its effect is measured where more than these are gone."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:16] = 0
+    order = surveyed(model, padded(24, 8), tmp_path, prune_attention=False).orders[1]["ffn"]
+    assert set(order.units[:16]) == set(range(16)) and order.probed > 16
+    assert order.costs()[-1] > order.costs()[order.gone.index(order.probed)] > 1e-6
+    assert max(cost for gone, cost in zip(order.gone, order.costs(), strict=True) if gone <= 16) < 1e-6

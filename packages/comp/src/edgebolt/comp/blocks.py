@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from edgebolt.common.anatomy import FAMILIES
 from edgebolt.comp.mpnet import kept_heads, set_kept_heads
 
-__all__ = ["Block", "attention_block", "ffn_block", "keep_heads", "keep_neurons", "stub_type"]
+__all__ = [
+    "Block",
+    "attention_block",
+    "ffn_block",
+    "keep_heads",
+    "keep_neurons",
+    "prunable_blocks",
+    "stub_type",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,12 @@ def attention_block(kind: str, layer: nn.Module, config: Any) -> Block:
     consumer = FAMILIES[kind].output
     unit = query // groups * size
     return Block("attention", consumer, unit, features(layer.get_submodule(consumer))[0] // unit)
+
+
+def prunable_blocks(kind: str, layer: nn.Module, config: Any, attention: bool) -> list[Block]:
+    """What of a layer is pruned: its attention where that is asked for, and its feed-forward part."""
+    ffn = ffn_block(kind, layer)
+    return [attention_block(kind, layer, config), ffn] if attention else [ffn]
 
 
 def keep_neurons(kind: str, layer: nn.Module, kept: Tensor) -> None:

@@ -76,7 +76,8 @@ def batches_of(
             "smaller length."
         )
     table = torch.tensor(flat[: pieces * length]).view(pieces, length)
-    drawn = np.sort(np.random.default_rng([seed, 1]).permutation(pieces)[:samples])
+    # In the order of the draw: the first batch, on which effects are measured, is to come from all of the texts.
+    drawn = np.random.default_rng([seed, 1]).permutation(pieces)[:samples]
     return [{"input_ids": part} for part in torch.split(table[torch.from_numpy(drawn)], batch_size)]
 
 

@@ -51,11 +51,6 @@ class Calibration:
         occurring: Tensor = torch.cat([ids.flatten() for ids in self.ids]).unique()  # type: ignore[no-untyped-call]
         return occurring
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens count."""
-        return sum(int(real.sum()) for real in self.real)
-
 
 class _EnoughError(Exception):
     """The last layer was called: what comes after it need not run."""
@@ -119,7 +114,7 @@ def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
             hidden = notes[0][0]
             real = masks[-1]
             real = torch.ones(hidden.shape[:2], dtype=torch.bool) if real is None else real.bool()
-            calibration.hidden.append(hidden.detach().float())
+            calibration.hidden.append(hidden.detach().to(torch.float32, copy=True))
             calibration.calls.append(_without_cache([call for _, call in notes]))
             calibration.real.append(real.to(hidden.device))
             calibration.ids += seen[-1:]
@@ -185,14 +180,14 @@ def capture_batches(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Cali
 
 
 @contextmanager
-def watching(layer: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """A list that gets what the projection at ``path`` is given and gives, each time that the layer runs."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def watching(layer: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    """A list that gets what the projection at ``path`` is given, each time that the layer runs."""
+    seen: list[Tensor] = []
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.append((args[0], out))
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
 
-    hook = layer.get_submodule(path).register_forward_hook(note)
+    hook = layer.get_submodule(path).register_forward_pre_hook(note)
     try:
         yield seen
     finally:
@@ -200,9 +195,17 @@ def watching(layer: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 @contextmanager
-def scaled_inputs(layer: nn.Module, path: str, scale: Tensor) -> Iterator[None]:
-    """Inside the block, the projection at ``path`` gets its inputs multiplied by ``scale``, one number each."""
-    hook = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * scale, *args[1:]))
+def scaled_inputs(layer: nn.Module, path: str, scale: Tensor, mean: Tensor | None = None) -> Iterator[None]:
+    """Inside the block, the projection at ``path`` gets its inputs multiplied by ``scale``, one number each.
+
+    With a ``mean``, they are scaled around it: what is missing on average is as if it were in the projection's bias.
+    """
+
+    def scaled(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = args[0] * scale if mean is None else (args[0] - mean) * scale + mean
+        return inputs, *args[1:]
+
+    hook = layer.get_submodule(path).register_forward_pre_hook(scaled)
     try:
         yield
     finally:

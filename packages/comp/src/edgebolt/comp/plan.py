@@ -131,8 +131,8 @@ def _rates(
         ]
         return rates_by_cost(curves, flat, remove)
     together = [sum(own) for own in zip(*sizes, strict=True)]
-    rule: Literal["inverse_importance", "uniform"] = "uniform"
-    if options.allocation == "inverse_importance":
-        rule = "inverse_importance"
+    rule: Literal["inverse_importance", "uniform"] = (
+        "inverse_importance" if options.allocation == "inverse_importance" else "uniform"
+    )
     importance = [survey.importance[index] for index in left]
     return removal_rates(importance, together, remove, rule, options.largest_rate) * len(parts)

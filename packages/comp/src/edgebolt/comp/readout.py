@@ -24,9 +24,9 @@ class Readout:
         self.norm, self.rows = copy.deepcopy(norm).float().eval(), rows.float()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logarithms of the chances: tokens by rows, from tokens by width."""
+        """Logarithms of the chances, float64: tokens by rows, from tokens by width."""
         with torch.no_grad():
-            chances: Tensor = (self.norm(hidden) @ self.rows.T).log_softmax(-1)
+            chances: Tensor = (self.norm(hidden) @ self.rows.T).double().log_softmax(-1)
         return chances
 
 
@@ -50,5 +50,5 @@ def effect_at_the_end(readout: Readout | None, dense: Tensor, other: Tensor, rea
     total = 0.0
     for true, got, counts in zip(dense, other, real, strict=True):  # a sequence at a time: it is a wide matrix
         expected, found = readout(true[counts]), readout(got[counts])
-        total += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+        total += float((expected.exp() * (expected - found)).sum())
     return total / max(1, int(real.sum()))

@@ -61,29 +61,31 @@ def recovered_weight(
     """
     columns = block.columns(kept.cpu()).to(kept.device)
     plain = sublayer.weight[:, columns]
-    problem = sublayer.masks(block.unit)
-    energy = max(problem.constant, 1e-30)
-    before = problem.error(kept, torch.ones(len(kept), device=kept.device))
-    weight, variance, after = plain, 0.0, before
-    if recover == "mask":
-        mask = problem.tuned(kept, ridge)
-        while float(mask.var(correction=0)) > variance_bound and ridge < LARGEST_RIDGE:
-            ridge *= 10
-            mask = problem.tuned(kept, ridge)
-        variance = float(mask.var(correction=0))
-        usable = bool(mask.isfinite().all()) and float(mask.abs().max()) <= LARGEST_SCALE
-        usable = usable and variance <= variance_bound
-        weight, after = plain * mask.repeat_interleave(block.unit), problem.error(kept, mask)
-    elif recover == "lstsq":
-        del problem  # its memory goes to the factor
+    weight, variance, usable = plain, 0.0, True
+    if recover == "lstsq":
+        energy, before = sublayer.error(columns[:0], plain[:, :0]), sublayer.error(columns, plain)
         pull = ridge * float(sublayer.gram.diagonal()[columns].mean())
         rest = sublayer.weight.clone()
         rest[:, columns] = 0
         right = torch.cat([sublayer.gram[columns[rows]] @ rest.T for rows in stripes(len(columns))])
         weight = plain + solve(lambda: submatrix(sublayer.gram, columns), right, pull).T
         usable, after = bool(weight.isfinite().all()), sublayer.error(columns, weight)
-    if recover == "none" or not usable or after > before:
+    else:
+        problem = sublayer.masks(block.unit)
+        energy = problem.constant
+        after = before = problem.error(kept, torch.ones(len(kept), device=kept.device))
+        if recover == "mask":
+            mask = problem.tuned(kept, ridge)
+            while float(mask.var(correction=0)) > variance_bound and ridge < LARGEST_RIDGE:
+                ridge *= 10
+                mask = problem.tuned(kept, ridge)
+            variance = float(mask.var(correction=0))
+            usable = bool(mask.isfinite().all()) and float(mask.abs().max()) <= LARGEST_SCALE
+            usable = usable and variance <= variance_bound
+            weight, after = plain * mask.repeat_interleave(block.unit), problem.error(kept, mask)
+    if not usable or after > before:
         weight, variance, after = plain, 0.0, before
+    energy = max(energy, 1e-30)
     shift = None
     if sublayer.mean is not None and recover != "none":
         shift = sublayer.weight @ sublayer.mean - weight @ sublayer.mean[columns]

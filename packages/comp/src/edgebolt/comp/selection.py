@@ -109,6 +109,7 @@ def removal_order(
         found.gone.append(len(found.units))
         found.rises.append(rise / energy)
         kept, inverse, mask = kept[left], shrunk(inverse, left, across, coupling), smaller
+        size = min(whole, 2 * size)
 
 
 def shrunk(inverse: Tensor, left: Tensor, across: Tensor, coupling: Tensor) -> Tensor:

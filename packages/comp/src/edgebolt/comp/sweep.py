@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgebolt.common.files import replaced
-from edgebolt.comp.blocks import Block, attention_block, ffn_block, keep_heads, keep_neurons, matrix
+from edgebolt.comp.blocks import Block, attention_block, ffn_block, keep_heads, keep_neurons, matrix, prunable_blocks
 from edgebolt.comp.calls import Calibration, first_sequences, run_layer, scaled_inputs, watching
 from edgebolt.comp.importance import BlockInfluence
 from edgebolt.comp.least_squares import Sublayer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Layers", "Seconds", "Slimmed", "prune_layers", "survey_layers"]
 
 PROBED = 0.25  # share of a block's units without which its effect is measured
+FREE = 1e-6  # rise of the objective up to which units that went cost nothing
 
 
 @dataclass
@@ -115,12 +116,6 @@ def counted(calibration: Calibration, batch: int, skip_first: bool) -> Tensor:
     return real & (real.cumsum(1) > 1) if skip_first else real  # padding may be on the left
 
 
-def blocks_of(layers: Layers, layer: nn.Module, options: Comp) -> list[Block]:
-    """What of a layer is pruned."""
-    ffn = ffn_block(layers.kind, layer)
-    return [attention_block(layers.kind, layer, layers.config), ffn] if options.prune_attention else [ffn]
-
-
 def survey_layers(
     layers: Layers,
     calibration: Calibration,
@@ -155,13 +150,13 @@ def survey_layers(
         entering = hidden[0][:probes].clone()
         influence, sums = _run_dense(layers, calibration, index, options, seconds)
         _trim()
-        orders, scales = dict[str, RemovalOrder](), dict[str, Tensor]()
+        orders, scales = dict[str, RemovalOrder](), dict[str, tuple[Tensor, Tensor | None]]()
         for block, own in sums:
             own.save(_sums_file(folder, index, block.name))
             with seconds.spent("selection"):
                 orders[block.name], scale = _order(own, block, options, measured)
             if scale is not None:
-                scales[block.name] = scale
+                scales[block.name] = scale, None if own.mean is None else own.mean.float()
         del sums, own
         _trim()
         if measured:
@@ -171,9 +166,9 @@ def survey_layers(
                 call = first_sequences(calibration.calls[0][index], len(hidden[0]), probes)
                 for branch in branches:
                     branch.hidden = run_layer(layer, branch.hidden, call)
-                for block in blocks_of(layers, layer, options):
+                for block in prunable_blocks(layers.kind, layer, layers.config, options.prune_attention):
                     if block.name in scales:
-                        with scaled_inputs(layer, block.consumer, scales[block.name]):
+                        with scaled_inputs(layer, block.consumer, *scales[block.name]):
                             branches.append(Branch(index, block.name, run_layer(layer, entering, call)))
             del layer
         found.importance.append(influence.value)
@@ -199,7 +194,7 @@ def _run_dense(
     with seconds.spent("load"):
         layer = layers.dense(index)
     influence, sums = BlockInfluence(), list[tuple[Block, Sublayer]]()
-    for block in blocks_of(layers, layer, options):
+    for block in prunable_blocks(layers.kind, layer, layers.config, options.prune_attention):
         consumer: Any = layer.get_submodule(block.consumer)
         sums.append((block, Sublayer(matrix(consumer), centred=consumer.bias is not None)))
     for batch, entering in enumerate(calibration.hidden):
@@ -212,7 +207,7 @@ def _run_dense(
         del leaving
         with seconds.spent("sums"):
             for (_, own), watched in zip(sums, seen, strict=True):
-                ((inputs, _),) = watched
+                (inputs,) = watched
                 watched.clear()
                 own.add(inputs[real])
         del inputs  # the widest of what is held
@@ -226,7 +221,9 @@ def _order(sums: Sublayer, block: Block, options: Comp, measured: bool) -> tuple
     order = removal_order(problem, most, options.score, options.step, options.variance_bound, options.ridge)
     if not measured or not order.gone:
         return order, None
-    order.probed = min(order.gone, key=lambda gone: abs(gone - PROBED * block.units))
+    # Where a quarter is dead, its removal costs nothing and says nothing of what costs something.
+    telling = [gone for gone, rise in zip(order.gone, order.rises, strict=True) if rise > FREE] or order.gone[-1:]
+    order.probed = min(telling, key=lambda gone: abs(gone - PROBED * block.units))
     kept = order.kept(order.probed).to(problem.gram.device)
     mask = problem.tuned(kept, options.ridge)
     scale = torch.zeros_like(problem.linear).index_copy_(0, kept, mask)
@@ -273,7 +270,7 @@ def _prune_layer(
         layer = layers.dense(index)
     kind, config = layers.kind, layers.config
     left = Slimmed(list(range(ffn_block(kind, layer).units)), list(range(attention_block(kind, layer, config).units)))
-    for block in blocks_of(layers, layer, options):
+    for block in prunable_blocks(layers.kind, layer, layers.config, options.prune_attention):
         remove = (plan.neurons if block.name == "ffn" else plan.groups)[index]
         if not remove:
             continue

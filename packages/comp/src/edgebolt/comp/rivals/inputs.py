@@ -70,7 +70,7 @@ def measure(
         with ExitStack() as stack:
             seen = {block.name: stack.enter_context(watching(layer, block.consumer)) for block in blocks}
             leaving.append(run_layer(layer, entering, calibration.calls[batch][index]))
-        for name, ((inputs, _),) in seen.items():
+        for name, (inputs,) in seen.items():
             sums[name].add(inputs[calibration.real[batch]])
     return sums, leaving
 

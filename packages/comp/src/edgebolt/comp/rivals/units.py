@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebolt.common.anatomy import FAMILIES
-from edgebolt.comp.blocks import Block, attention_block, ffn_block, parameter_count, unit_parameters
+from edgebolt.comp.blocks import Block, parameter_count, prunable_blocks, unit_parameters
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.rivals.rival import whole
 from edgebolt.comp.sweep import Slimmed
@@ -19,9 +19,7 @@ __all__ = ["blocks_of", "coupled", "lowest", "uniform_counts"]
 
 def blocks_of(layers: LayersInMemory, index: int, attention: bool) -> list[Block]:
     """The feed-forward part of a layer, and its attention where that is pruned too."""
-    layer = layers.layers[index]
-    ffn = ffn_block(layers.kind, layer)
-    return [ffn, attention_block(layers.kind, layer, layers.config)] if attention else [ffn]
+    return prunable_blocks(layers.kind, layers.layers[index], layers.config, attention)
 
 
 def coupled(
