@@ -1,5 +1,6 @@
 import pytest
-from tiny_models import saved, tiny
+import torch
+from tiny_models import rewrite, saved, tiny
 from tiny_words import tokenizer
 
 from edgebolt.comp import Report
@@ -41,6 +42,22 @@ def test_what_is_wrong_is_one_line(dense, more, message):
     with pytest.raises(SystemExit, match=message):
         main(arguments(dense, *more))
     assert not (dense.parent / "small").exists()
+
+
+def test_activations_that_are_no_numbers_are_one_line(dense):
+    rewrite(dense, lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()})
+    with pytest.raises(SystemExit, match=r"^edgebolt\.comp: .*nan"):
+        main(arguments(dense))
+
+
+@pytest.mark.parametrize(("kind", "positions", "window"), [("llama", 64, 64), ("gpt2", 32, 32), ("llama", 2048, 512)])
+def test_the_window_of_the_perplexity_fits_the_model(kind, positions, window, tmp_path, capsys):
+    name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    folder = saved(tiny(kind, **{name: positions}), tmp_path / "dense")
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text("\n\n".join(["the cat saw a dog"] * 200))
+    main([word for word in arguments(folder) if word != "--no-perplexity"])
+    assert f"window {window}: " in capsys.readouterr().out
 
 
 def test_texts(tmp_path):

@@ -118,6 +118,30 @@ def test_the_mode_stays(training):
     assert model.training is training and all(module.training is training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_chunks_of_the_feed_forward_change_nothing(kind, pair, tmp_path):
+    from tiny_models import reload, same_state
+
+    model = tiny(kind, chunk_size_feed_forward=4)
+    saved(model, tmp_path / "dense")
+    prune(model, prune_attention=True)
+    prune(str(tmp_path / "dense"), output=tmp_path / "small", prune_attention=True)
+    small = reload(tmp_path / "small", kind)
+    assert same_state(model, pair(kind).model) and same_state(model, small)
+    for kept in (model, small):
+        assert kept.config.chunk_size_feed_forward == 4
+        assert {layer.chunk_size_feed_forward for layer in Anatomy(kept).layers} == {4}
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_refused_before_anything_is_run(attention, monkeypatch):
+    model = tiny("llama")
+    model.config._attn_implementation = attention
+    monkeypatch.setattr("edgebolt.comp.comp.capture_batches", lambda *args: pytest.fail("was run"))
+    with pytest.raises(NotImplementedError, match=rf"{attention}.*load it with attn_implementation='sdpa'"):
+        prune(model)
+
+
 def test_frozen_parameters_stay_frozen():
     model = tiny("llama")
     for parameter in model.parameters():

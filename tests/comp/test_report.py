@@ -3,6 +3,7 @@ import json
 from tiny_models import LAYERS, prune, tiny
 
 from edgebolt.comp import Report
+from edgebolt.comp.report import versions
 
 
 def test_a_report_survives_its_file(tmp_path):
@@ -20,6 +21,7 @@ def test_what_a_report_tells():
     stages = {"load", "forward", "sums", "selection", "effect", "recovery", "write"}
     assert len(report.calibration) == 64 and set(report.seconds) == stages
     assert set(report.versions) == {"edgebolt-comp", "torch", "transformers", "safetensors"}
+    assert report.versions == versions()
     before, after = report.parameters
     assert f"layers {report.dropped} dropped" in report.summary() and before > after
     for entry in report.layers:

@@ -1,14 +1,15 @@
 import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LAYERS, logits, prune, reload, rewrite, same_state, saved, tiny
+from tiny_models import FAMILIES, LAYERS, edit_config, logits, prune, reload, rewrite, same_state, saved, tiny
 from tiny_words import tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
-from edgebolt.comp import Report, comp, sweep
+from edgebolt.comp import Report, comp, report, sweep
 from edgebolt.comp.streamed import LayersInFiles
 
 
@@ -190,6 +191,89 @@ def test_a_crash_while_the_files_are_put_together(pair, tmp_path, monkeypatch):
         reload(tmp_path / "small", "llama")
     prune(str(made.dense), output=tmp_path / "small", prune_attention=True)
     same_files(made.small, tmp_path / "small")
+
+
+@pytest.mark.parametrize("removed", [0, 1, 3, "all but the job"])
+def test_a_run_that_is_killed_while_it_tidies_up_is_complete(removed, pair, tmp_path, monkeypatch):
+    made, small, remove, gone = pair("llama"), tmp_path / "small", comp._remove, []
+
+    def killed(path):
+        if len(gone) == removed:
+            crash()
+        gone.append(path)
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        if removed == "all but the job":
+            patch.setattr(shutil, "rmtree", crash)
+        else:
+            patch.setattr(comp, "_remove", killed)
+        with pytest.raises(Crash):
+            prune(str(made.dense), output=small, prune_attention=True)
+    assert (small / ".pruning" / "job.json").exists()
+    first = Report.load(small / "comp.json")
+    run, stored = counted(monkeypatch)
+    assert prune(str(made.dense), output=small, prune_attention=True) == first
+    assert run == stored == []
+    same_files(made.small, small)
+
+
+def test_files_that_a_killed_run_was_writing_go(pair, tmp_path, monkeypatch):
+    made, small = pair("llama"), tmp_path / "small"
+    left = [
+        small / ".model.safetensors.123.partial",
+        small / ".pruning" / ".job.json.123.partial",
+        small / ".pruning" / ".layer-00002.safetensors.123.partial",
+    ]
+    left[1].parent.mkdir(parents=True)
+    left[1].write_text("half")  # killed before there was a job
+    for index in (1, 2):
+        with monkeypatch.context() as patch:
+            crash_at(patch, index)
+            with pytest.raises(Crash):
+                prune(str(made.dense), output=small, prune_attention=True)
+        assert not any(path.exists() for path in left)
+        for path in left:
+            path.write_text("half")
+    prune(str(made.dense), output=small, prune_attention=True)
+    same_files(made.small, small)
+
+
+def test_a_run_is_not_continued_with_other_libraries(pair, tmp_path, monkeypatch):
+    dense, small = str(pair("llama").dense), tmp_path / "small"
+    with monkeypatch.context() as patch:
+        patch.setattr(comp, "versions", lambda: {**report.versions(), "torch": "0.1", "edgebolt-comp": "0.0"})
+        crash_at(patch, 1)
+        with pytest.raises(Crash):
+            prune(dense, output=small)
+    with pytest.raises(FileExistsError, match=r"other \['version of edgebolt-comp', 'version of torch'\]"):
+        prune(dense, output=small)
+
+
+def test_a_job_of_another_release_is_refused_and_says_what_differs(pair, tmp_path, monkeypatch):
+    dense, small = str(pair("llama").dense), tmp_path / "small"
+    crash_at(monkeypatch, 1)
+    with pytest.raises(Crash):
+        prune(dense, output=small)
+    note = small / ".pruning" / "job.json"
+    job = json.loads(note.read_text())
+    note.write_text(json.dumps({**job, "comp": {**job["comp"], "former": None}, "machine": "other"}))
+    with pytest.raises(FileExistsError, match=r"interrupted run with other \['former', 'machine'\]"):
+        prune(dense, output=small)
+    del job["config"], job["weights"], job["comp"]["step"]
+    note.write_text(json.dumps(job))
+    with pytest.raises(FileExistsError, match=r"interrupted run with other \['config', 'step', 'weights'\]"):
+        prune(dense, output=small)
+
+
+def test_a_config_that_has_changed_is_refused(tmp_path, monkeypatch):
+    dense = saved(tiny("llama"), tmp_path / "dense")
+    crash_at(monkeypatch, 1)
+    with pytest.raises(Crash):
+        prune(str(dense), output=tmp_path / "small")
+    edit_config(dense, rms_norm_eps=1e-3)
+    with pytest.raises(FileExistsError, match=r"interrupted run with other \['config'\]"):
+        prune(str(dense), output=tmp_path / "small")
 
 
 def test_an_interrupted_run_with_other_options_is_refused_and_says_which(pair, tmp_path, monkeypatch):

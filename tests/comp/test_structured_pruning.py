@@ -1,11 +1,15 @@
+import hashlib
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from tiny_models import WORDS, ids, logits, reload, same_state, saved, tiny
 from torch.utils.data import DataLoader
 
 from edgebolt.common.anatomy import Anatomy
 from edgebolt.comp import Comp, StructuredPruning
+from edgebolt.comp.structured_pruning import _feed
 
 OPTIONS = Comp(depth_fraction=0.5, round_to=1, variance_bound=10.0)
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -195,6 +199,80 @@ def test_calibration_leaves_no_trace_of_its_steps():
         states.append(torch.get_rng_state())
     assert torch.equal(*states) and set(run.callback_metrics) == {"test"}
     assert module.transformer.training is False and "on_load_checkpoint" not in vars(module)
+
+
+class Several(Module):
+    """A module whose batches hold one of each of two loaders."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def loss(self, batch):
+        one, other = batch.values() if isinstance(batch, dict) else batch
+        self.batches.append((one["input_ids"].clone(), other["input_ids"].clone()))
+        return super().loss(one) + super().loss(other)
+
+
+def two(container, **options):
+    data = [loader().dataset, loader().dataset[::-1][:20]]
+    loaders = [DataLoader(rows, batch_size=8, **options) for rows in data]
+    return dict(zip("ab", loaders, strict=True)) if container is dict else loaders
+
+
+def reference():
+    model = tiny("llama")
+    Comp(**{**vars(OPTIONS), "ratio": 0.5, "batch_size": 8}).prune(model, ids(24, 12), progress=False)
+    return model
+
+
+@pytest.mark.parametrize("container", [dict, list])
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size"])
+def test_several_training_loaders_calibrate_with_the_batches_that_the_step_gets(container, mode):
+    module, callback = Several(), pruning(calibration_batches=4)
+    loaders = two(container)
+    trainer(callback).fit(module, loaders if mode == "max_size_cycle" else CombinedLoader(loaders, mode))
+    count = 4 if mode == "max_size_cycle" else 3
+    assert len(module.batches) == count
+    options = {**vars(OPTIONS), "ratio": 0.5, "batch_size": 8}
+    expected = Comp(**options).prune(tiny("llama"), ids(8 * count, 12), progress=False)
+    # The first transformer call of a step is what calibrates; the other loader's rows are in the digest.
+    assert callback.report.layers == expected.layers
+    digest = hashlib.sha256()
+    for batch in CombinedLoader(two(container), mode):
+        _feed(digest, batch[0])
+    assert callback.report.calibration == digest.hexdigest()
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+@pytest.mark.parametrize("container", [dict, list])
+def test_the_first_of_several_other_loaders_calibrates(stage, container):
+    class Sequential(Module):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            return super().validation_step(batch, batch_idx)
+
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            return super().test_step(batch, batch_idx)
+
+        def predict_step(self, batch, batch_idx, dataloader_idx):
+            return super().predict_step(batch)
+
+    module = Sequential()
+    getattr(trainer(pruning()), stage)(module, two(container))
+    assert same_state(module.transformer, reference())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_fit_goes_on_with_its_own_iteration(workers):
+    seen = []
+    for callbacks in ([], [pruning()]):
+        module = Several()
+        L.seed_everything(0, verbose=False)
+        options = {"shuffle": True, "num_workers": workers, "persistent_workers": workers > 0}
+        run = L.Trainer(max_epochs=2, callbacks=callbacks, **QUIET, enable_checkpointing=False)
+        run.fit(module, two(dict, **options))
+        seen.append(torch.stack([one for one, _ in module.batches]))
+    assert len(seen[0]) == 8 and torch.equal(*seen)
 
 
 class Holds(Module):

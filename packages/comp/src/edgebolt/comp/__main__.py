@@ -13,12 +13,12 @@ from edgebolt.common.tables import print_table
 from edgebolt.comp.allocation import Allocation
 from edgebolt.comp.calibration_texts import read_texts
 from edgebolt.comp.comp import Comp
-from edgebolt.comp.evaluation import measured_memory, perplexity
+from edgebolt.comp.evaluation import PerplexityResult, measured_memory, perplexity
 from edgebolt.comp.recovery import Recovery
 from edgebolt.comp.report import Report
 from edgebolt.comp.scores import SCORES
 
-WINDOW = 512
+WINDOW = 512  # tokens; fewer where the model has fewer positions
 HELD_OUT = 16  # windows of text on which the perplexity is taken
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError) as error:
+    except (ArithmeticError, ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"edgebolt.comp: {error}")
 
 
@@ -83,25 +83,29 @@ def run(args: argparse.Namespace) -> None:
     # Last, for it loads whole models: where they do not fit, the smaller one and all that is known of it are there.
     values = None if args.no_perplexity else perplexities(args.model, args.output, held_out)
     if values is not None:
-        print(f"perplexity on texts that were not calibrated on, window {WINDOW}: {values[0]:.2f} dense, "
-              f"{values[1]:.2f} pruned")  # fmt: skip
+        before, after = values
+        print(f"perplexity on texts that were not calibrated on, window {before.window}: {before.value:.2f} dense, "
+              f"{after.value:.2f} pruned")  # fmt: skip
 
 
-def perplexities(dense: str, small: Path, texts: list[str]) -> tuple[float, float] | None:
+def perplexities(dense: str, small: Path, texts: list[str]) -> tuple[PerplexityResult, PerplexityResult] | None:
     """Of the dense and of the pruned model on text that was not calibrated on; None for an encoder."""
     import torch
     import transformers
 
     from edgebolt.common.text import load_pretrained, load_tokenizer
 
-    if type(transformers.AutoConfig.from_pretrained(small)) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = transformers.AutoConfig.from_pretrained(small)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    window = min(WINDOW, positions or WINDOW)
     tokenizer = load_tokenizer(str(small))
-    ids = tokenizer("\n\n".join(texts[:400]), return_tensors="pt")["input_ids"][0, : HELD_OUT * WINDOW]
+    ids = tokenizer("\n\n".join(texts[:400]), return_tensors="pt")["input_ids"][0, : HELD_OUT * window]
     values = []
     for name in (dense, str(small)):
         model: Any = load_pretrained("AutoModelForCausalLM", name, dtype=torch.float32)
-        values.append(perplexity(model.eval(), ids, window=WINDOW).value)
+        values.append(perplexity(model.eval(), ids, window=window))
         del model
     return values[0], values[1]
 

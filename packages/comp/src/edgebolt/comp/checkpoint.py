@@ -142,7 +142,7 @@ class Skeleton:
 
     def layer(self, index: int) -> nn.Module:
         """A layer with its weights, in float32 and evaluation mode."""
-        layer = copy.deepcopy(self.anatomy.layers[index])
+        layer: Any = copy.deepcopy(self.anatomy.layers[index])
         prefix = self.layer_prefix(index)
         tensors = {
             name.removeprefix(prefix): self.checkpoint.tensor(stored).float()
@@ -150,7 +150,9 @@ class Skeleton:
             if name.startswith(prefix)
         }
         layer.load_state_dict(tensors, assign=True)
-        return layer.eval()
+        layer.chunk_size_feed_forward = 0  # as LayersInMemory.dense has it
+        dense: nn.Module = layer.eval()
+        return dense
 
     def open_embeddings(self, ids: Tensor) -> None:
         """Fill all that comes before the layers; of the token embeddings only the rows of these tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.plan import Plan, Survey, make_plan
 from edgebolt.comp.pruned_models import is_pruned, pruned_class
 from edgebolt.comp.recovery import Recovery
-from edgebolt.comp.report import Report
+from edgebolt.comp.report import Report, versions
 from edgebolt.comp.scores import SCORES
 from edgebolt.comp.streamed import BESIDE, LayersInFiles
 from edgebolt.comp.support import check_supported
@@ -47,10 +48,11 @@ class Comp:
     rounds, by a score built on matrix condition, the variance of the mask being kept in a bound; and the mask of those
     that stay is tuned by least squares and folded into the weights. Ours: all formulas and numbers beyond that, each
     of them an argument. Two defaults are not the paper's: no whole layers go, and all of the projection's weight is
-    solved for; ``depth_fraction=0.5, recover="mask"`` is nearer to it, and worse.
+    solved for; ``depth_fraction=0.5, recover="mask"`` is nearer to it.
 
     One run of the dense model, layer by layer, collects the sums that all is decided and solved with. They lie in
-    files until the rates are known: of each layer, ``4 n²`` bytes for ``n`` neurons.
+    files until the rates are known: of each layer, ``4 n²`` bytes for ``n`` neurons. Those of a checkpoint are in
+    ``output/.pruning``; those of a loaded model in the system's temporary folder, which ``TMPDIR`` chooses.
 
     Args:
         ratio: share of the parameters of all transformer layers that goes; embeddings and heads stay. 0 changes
@@ -64,7 +66,7 @@ class Comp:
         score: a name in :data:`~edgebolt.comp.SCORES`.
         step: share of a layer's neurons that a round removes.
         variance_bound: of the mask of a layer: a round that passes it is undone and halved, and in the end the ridge
-            grows until the mask keeps to it.
+            grows until the mask keeps to it. With ``recover="lstsq"`` it only shapes the rounds.
         recover: ``"none"``; ``"mask"``, the paper's; ``"lstsq"``: solve for all of the projection's weight.
         ridge: share of the mean diagonal, in all recoveries.
         prune_attention: key-value heads go too, with the query heads that read them.
@@ -160,7 +162,7 @@ class Comp:
                 transformers model, which is changed in place.
             texts: calibration: strings, lists of token ids, or int64 of sequences by tokens.
             output: folder of the pruned model, for a checkpoint. It is new, or one that an interrupted run of the same
-                job left, which goes on behind the layers that it has finished.
+                job and library versions left, which goes on behind the layers that it has finished.
             tokenizer: of the model; None: that which lies beside the checkpoint.
             progress: show a bar.
 
@@ -187,7 +189,8 @@ class Comp:
 
         Args:
             model: a transformers model, changed in place.
-            calibration: from :func:`~edgebolt.comp.calls.capture`.
+            calibration: from :func:`~edgebolt.comp.calls.capture`. Its hidden states are used up: capture anew for
+                another pruning.
             digest: names the calibration data in the report.
             progress: show a bar.
         """
@@ -230,8 +233,18 @@ class Comp:
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
         shapes = list(skeleton.anatomy.layers)
         self._check_sizes(kind, config, shapes)
-        job = {"comp": _plain(self), "model": name, "weights": stamps, "calibration": digest}
+        job = {
+            "comp": _plain(self),
+            "model": name,
+            "weights": stamps,
+            "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+            "calibration": digest,
+            "versions": versions(),
+        }
         _open_output(output, job)
+        if (output / "comp.json").exists():  # all was done but to tidy up
+            _tidy(output)
+            return Report.load(output / "comp.json")
         before, total = parameter_count(skeleton.model), sum(map(parameter_count, skeleton.anatomy.layers))
         dense_bytes = sum(size for size, _ in stamps.values())
         skeleton.open_embeddings(torch.cat([batch["input_ids"].flatten() for batch in batches]))
@@ -251,13 +264,19 @@ class Comp:
         small_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         report.files = (dense_bytes, small_bytes)
         report.save(output / "comp.json")
-        shutil.rmtree(layers.parts)
+        _tidy(output)
         return report
 
     def _check(self, config: Any) -> str:
         if config is None:
             raise TypeError("The model has no config: pass a transformers model, a folder, or a name on the hub.")
         kind = check_supported(config)
+        attention = str(getattr(config, "_attn_implementation", None))
+        if "flash" in attention:
+            raise NotImplementedError(
+                f"The model runs {attention}, which refuses float32, in which layers are pruned: load it with "
+                "attn_implementation='sdpa'."
+            )
         if self.uniform and is_pruned(config):
             raise ValueError("uniform=True: the model has unequal layers already. Start from the dense one.")
         if self.uniform and getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -344,12 +363,9 @@ def _open_output(output: Path, job: dict[str, Any]) -> None:
     parts = output / ".pruning"
     note = parts / "job.json"
     if note.exists():
-        was = json.loads(note.read_text())
-        if was != json.loads(json.dumps(job)):
-            different = sorted(
-                {key for key in job["comp"] if was["comp"].get(key) != json.loads(json.dumps(job["comp"][key]))}
-                | {key for key in ("model", "weights", "calibration") if was[key] != job[key]}
-            )
+        was, now = _flat(json.loads(note.read_text())), _flat(json.loads(json.dumps(job)))
+        different = sorted(key for key in was | now if (key in was, was.get(key)) != (key in now, now.get(key)))
+        if different:
             raise FileExistsError(
                 f"{output} holds an interrupted run with other {different}: run it again as it was, or remove "
                 f"{parts}, or choose another output."
@@ -357,7 +373,31 @@ def _open_output(output: Path, job: dict[str, Any]) -> None:
     elif output.exists() and any(path != parts for path in output.iterdir()):
         raise FileExistsError(f"output={str(output)!r} is not empty: choose a new folder.")
     parts.mkdir(parents=True, exist_ok=True)
+    # What a run that was killed was in the middle of.
+    for left in (*parts.glob("hidden-*"), *parts.glob(".*.partial"), *output.glob(".*.partial")):
+        _remove(left)
     with replaced(note, durable=True) as partial_file:
         partial_file.write_text(json.dumps(job))
-    for left in parts.glob("hidden-*"):  # of a run that was killed
-        shutil.rmtree(left)
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    """Options and libraries beside the rest, under the names by which a message calls them."""
+    rest = {key: value for key, value in job.items() if key not in ("comp", "versions")}
+    libraries = {f"version of {name}": value for name, value in job.get("versions", {}).items()}
+    return {**job.get("comp", {}), **libraries, **rest}
+
+
+def _tidy(output: Path) -> None:
+    """Remove what a run went on from. The job goes last: by it the run is known if this is broken off."""
+    parts = output / ".pruning"
+    for path in parts.iterdir():
+        if path.name != "job.json":
+            _remove(path)
+    shutil.rmtree(parts)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

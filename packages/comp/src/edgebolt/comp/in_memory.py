@@ -75,7 +75,10 @@ class LayersInMemory:
 
     def dense(self, index: int) -> nn.Module:
         """A copy, in float32."""
-        return copy.deepcopy(self.layers[index]).float().eval()
+        layer: Any = copy.deepcopy(self.layers[index]).float()
+        layer.chunk_size_feed_forward = 0  # BERT and RoBERTa would else call the projection once for each chunk
+        dense: nn.Module = layer.eval()
+        return dense
 
     def readout(self, tokens: Tensor) -> Readout | None:
         """Copied from the model."""

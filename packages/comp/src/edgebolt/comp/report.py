@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from edgebolt.comp.plan import Plan, Survey
     from edgebolt.comp.sweep import Seconds, Slimmed
 
-__all__ = ["Report"]
+__all__ = ["Report", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: version(name) for name in ("edgebolt-comp", "torch", "transformers", "safetensors")}
 
 
 @dataclass
@@ -32,9 +37,9 @@ class Report:
             layer's neurons: the Kullback-Leibler divergence of the next token's chances, or ``1 − cos`` of the last
             hidden states where the model is no causal language model; empty where it was not measured.
         dropped: dense layers that went as a whole.
-        layers: for each layer that is left: ``layer``, its index in the dense model; ``neurons`` and ``groups``, the
-            indices that are left; ``variance`` of the mask; ``error``, the missing share of the feed-forward output's
-            energy before and after the recovery.
+        layers: for each layer that is left: ``layer``, its index in the model that was given; ``neurons`` and
+            ``groups``, the indices that are left; ``variance`` of the mask; ``error``, the missing share of the
+            feed-forward output's energy before and after the recovery.
         units: neurons and key-value heads of a dense layer; of the largest, where they differ.
         calibration: SHA-256 of the calibration tokens.
         seconds: by stage; of an interrupted run, those since it went on.
@@ -72,7 +77,6 @@ class Report:
         units: tuple[int, int],
     ) -> Report:
         """The report of a run."""
-        names = ("edgebolt-comp", "torch", "transformers", "safetensors")
         return cls(
             options={**asdict(options), "protect": list(options.protect)},
             parameters=(before, after),
@@ -84,7 +88,7 @@ class Report:
             calibration=calibration,
             seconds=dict(seconds.by_stage),
             units=units,
-            versions={name: version(name) for name in names},
+            versions=versions(),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +32,7 @@ __all__ = ["StructuredPruning"]
 class StructuredPruning(pl.Callback):
     """Prunes the transformer that a module holds, once, before the first batch of a fit, test, validation, prediction.
 
-    The first batches of that stage's loader run through the module's own step up to the transformer's last layer: so
+    The first batches of that stage's loaders run through the module's own step up to the transformer's last layer: so
     it does not matter what a batch looks like, and labels are not looked at. Parameters stay the objects that they
     were, with new sizes: the optimizer goes on with them. A checkpoint of the Trainer holds the pruned weights and
     what is left of each layer, so that with this callback a run is resumed from it or tested on it; without it the
@@ -99,7 +101,7 @@ class StructuredPruning(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on training batches, and let the optimizers go of what is no more."""
-        if self._prune(pl_module, pl_module.training_step, trainer.train_dataloader):
+        if self._prune(pl_module, pl_module.training_step, trainer.fit_loop):
             alive = {id(parameter) for parameter in pl_module.parameters()}
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
@@ -113,15 +115,15 @@ class StructuredPruning(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on validation batches, where nothing is trained."""
         if not trainer.training and not trainer.sanity_checking:
-            self._prune(pl_module, pl_module.validation_step, trainer.val_dataloaders)
+            self._prune(pl_module, pl_module.validation_step, trainer.validate_loop)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on test batches."""
-        self._prune(pl_module, pl_module.test_step, trainer.test_dataloaders)
+        self._prune(pl_module, pl_module.test_step, trainer.test_loop)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on what is to be predicted."""
-        self._prune(pl_module, pl_module.predict_step, trainer.predict_dataloaders)
+        self._prune(pl_module, pl_module.predict_step, trainer.predict_loop)
 
     def state_dict(self) -> dict[str, Any]:
         """What is left of each layer."""
@@ -132,18 +134,17 @@ class StructuredPruning(pl.Callback):
         if state_dict["report"] is not None:
             self.report = Report.from_plain(state_dict["report"])
 
-    def _prune(self, module: pl.LightningModule, step: Callable[..., object], loaders: Any) -> bool:
+    def _prune(self, module: pl.LightningModule, step: Callable[..., object], loop: Any) -> bool:
         model = transformer_of(module)
         if self._cut is model:
             return False
-        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders
         digest = hashlib.sha256()
         runs: list[Callable[[], object]] = []
-        with quiet(module):
+        with quiet(module), _anew(loop._combined_loader) as batches:
             module.eval()
-            for number, batch in enumerate(islice(loader, self.calibration_batches)):
+            for batch, number, source in islice(batches, self.calibration_batches):
                 _feed(digest, batch)
-                given = {"batch_idx": number, "dataloader_idx": 0}
+                given = {"batch_idx": number, "dataloader_idx": source}
                 takes = inspect.signature(step).parameters
                 arguments = {name: value for name, value in given.items() if name in takes}
                 runs.append(partial(step, move_data_to_device(batch, module.device), **arguments))
@@ -178,6 +179,22 @@ def transformer_of(module: nn.Module) -> Any:
         raise ValueError("The transformer has LoRA in its layers: prune it first, then put the adapter on.")
     Anatomy(found[0])
     return found[0]
+
+
+@contextmanager
+def _anew(combined: CombinedLoader) -> Iterator[CombinedLoader]:
+    """A loader of the same batches, whichever way they are put together, while another iteration is under way."""
+    again = CombinedLoader(combined.iterables, combined._mode)
+    # Loaders with persistent workers have one iterator, that of the other iteration.
+    held = [(loader, loader._iterator) for loader in combined.flattened if hasattr(loader, "_iterator")]
+    for loader, _ in held:
+        loader._iterator = None
+    try:
+        yield again
+    finally:
+        again.reset()
+        for loader, iterator in held:
+            loader._iterator = iterator
 
 
 def _feed(digest: Any, batch: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from edgebolt.comp.blocks import attention_block, ffn_block, keep_heads, keep_neurons, parameter_count
 from edgebolt.comp.calibration_texts import fingerprint
 from edgebolt.comp.in_memory import LayersInMemory, cut
-from edgebolt.comp.report import Report
+from edgebolt.comp.report import Report, versions
 from edgebolt.comp.support import check_supported
 from edgebolt.comp.sweep import Seconds, Slimmed
 
@@ -74,7 +73,6 @@ class Rival(ABC):
             if ratio:
                 _remove(layers, chosen)
         after = parameter_count(model)
-        names = ("edgebolt-comp", "torch", "transformers", "safetensors")
         return Report(
             options={"rival": type(self).__name__, "ratio": ratio, **asdict(self)},
             parameters=(before, after),
@@ -85,7 +83,7 @@ class Rival(ABC):
             layers=[{"layer": index, **left.to_plain()} for index, left in sorted(chosen.layers.items())],
             calibration=fingerprint([dict(batch) for batch in batches]),
             seconds=dict(seconds.by_stage),
-            versions={name: version(name) for name in names},
+            versions=versions(),
         )
 
     @abstractmethod
