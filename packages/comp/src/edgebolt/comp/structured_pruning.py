@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +27,8 @@ from edgebolt.comp.report import Report
 from edgebolt.comp.sweep import Slimmed
 
 __all__ = ["StructuredPruning"]
+
+Mode = Literal["max_size_cycle", "sequential"]
 
 
 class StructuredPruning(pl.Callback):
@@ -101,7 +103,7 @@ class StructuredPruning(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on training batches, and let the optimizers go of what is no more."""
-        if self._prune(pl_module, pl_module.training_step, trainer.fit_loop):
+        if self._prune(pl_module, pl_module.training_step, trainer.train_dataloader, "max_size_cycle"):
             alive = {id(parameter) for parameter in pl_module.parameters()}
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
@@ -115,15 +117,15 @@ class StructuredPruning(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on validation batches, where nothing is trained."""
         if not trainer.training and not trainer.sanity_checking:
-            self._prune(pl_module, pl_module.validation_step, trainer.validate_loop)
+            self._prune(pl_module, pl_module.validation_step, trainer.val_dataloaders)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on test batches."""
-        self._prune(pl_module, pl_module.test_step, trainer.test_loop)
+        self._prune(pl_module, pl_module.test_step, trainer.test_dataloaders)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune on what is to be predicted."""
-        self._prune(pl_module, pl_module.predict_step, trainer.predict_loop)
+        self._prune(pl_module, pl_module.predict_step, trainer.predict_dataloaders)
 
     def state_dict(self) -> dict[str, Any]:
         """What is left of each layer."""
@@ -134,13 +136,15 @@ class StructuredPruning(pl.Callback):
         if state_dict["report"] is not None:
             self.report = Report.from_plain(state_dict["report"])
 
-    def _prune(self, module: pl.LightningModule, step: Callable[..., object], loop: Any) -> bool:
+    def _prune(
+        self, module: pl.LightningModule, step: Callable[..., object], loaders: Any, mode: Mode = "sequential"
+    ) -> bool:
         model = transformer_of(module)
         if self._cut is model:
             return False
         digest = hashlib.sha256()
         runs: list[Callable[[], object]] = []
-        with quiet(module), _anew(loop._combined_loader) as batches:
+        with quiet(module), _anew(loaders, mode) as batches:
             module.eval()
             for batch, number, source in islice(batches, self.calibration_batches):
                 _feed(digest, batch)
@@ -182,11 +186,11 @@ def transformer_of(module: nn.Module) -> Any:
 
 
 @contextmanager
-def _anew(combined: CombinedLoader) -> Iterator[CombinedLoader]:
-    """A loader of the same batches, whichever way they are put together, while another iteration is under way."""
-    again = CombinedLoader(combined.iterables, combined._mode)
+def _anew(loaders: Any, mode: Mode) -> Iterator[CombinedLoader]:
+    """The batches of one or more loaders, put together as the Trainer does, while its own iteration is under way."""
+    again = CombinedLoader(loaders, mode)
     # Loaders with persistent workers have one iterator, that of the other iteration.
-    held = [(loader, loader._iterator) for loader in combined.flattened if hasattr(loader, "_iterator")]
+    held = [(loader, loader._iterator) for loader in again.flattened if hasattr(loader, "_iterator")]
     for loader, _ in held:
         loader._iterator = None
     try:
