@@ -1,9 +1,8 @@
 import ctypes
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from deep_llama import write_llama
 from test_least_squares import problem as sums_of
 from test_selection import problem as problem_of
 from tiny_models import prune, saved, tiny
@@ -12,9 +11,6 @@ from edgebolt.comp import SCORES, Comp
 from edgebolt.comp.evaluation import measured_memory
 from edgebolt.comp.least_squares import MaskProblem, Sublayer
 from edgebolt.comp.selection import SCORING_RIDGE, removal_order
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from comp_memory import write_llama
 
 SMALL = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 100}
 M_MMAP_THRESHOLD = -3
