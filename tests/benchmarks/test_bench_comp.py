@@ -6,9 +6,6 @@ best rivals (9 minutes); speed (2 minutes). Some 60 minutes. Without the clock (
 tiny random Llama, so that the code is run.
 """
 
-import ctypes
-import gc
-
 import pytest
 import torch
 from comp_run import METHODS, RATIOS, answers, available, calibration, dense, load, perplexities
@@ -33,14 +30,6 @@ def tiny(folder):
     return folder
 
 
-def free():
-    """Memory that earlier runs have left would hide what this one takes."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 @pytest.mark.benchmark(group="comp")
 @pytest.mark.parametrize(("ratio", "draw", "method"), RUNS, ids=lambda part: str(part).replace(" ", "-"))
 def test_prune(benchmark, ratio, draw, method, tmp_path):
@@ -55,7 +44,6 @@ def test_prune(benchmark, ratio, draw, method, tmp_path):
     before = sum(parameter.numel() for parameter in whole.parameters())
     layers = sum(parameter.numel() for parameter in whole.model.layers.parameters())
     del whole
-    free()
     with measured_memory() as memory:
         arguments = (folder, batches, ratio, tmp_path / "small")
         report, model = benchmark.pedantic(METHODS[method], arguments, rounds=1, iterations=1)

@@ -271,12 +271,6 @@ class Comp:
         if config is None:
             raise TypeError("The model has no config: pass a transformers model, a folder, or a name on the hub.")
         kind = check_supported(config)
-        attention = str(getattr(config, "_attn_implementation", None))
-        if "flash" in attention:
-            raise NotImplementedError(
-                f"The model runs {attention}, which refuses float32, in which layers are pruned: load it with "
-                "attn_implementation='sdpa'."
-            )
         if self.uniform and is_pruned(config):
             raise ValueError("uniform=True: the model has unequal layers already. Start from the dense one.")
         if self.uniform and getattr(config, "scale_attn_by_inverse_layer_idx", False):

@@ -48,10 +48,9 @@ class Sublayer:
 
     def __init__(self, weight: Tensor, centred: bool = False) -> None:
         inputs = weight.shape[1]
-        dtype = torch.float64 if inputs <= DOUBLE_UP_TO else torch.float32
-        self.weight = weight.to(dtype)
-        self.gram = torch.zeros(inputs, inputs, dtype=dtype, device=weight.device)
-        self.mean = torch.zeros(inputs, dtype=dtype, device=weight.device) if centred else None
+        self.weight = weight.to(torch.float64 if inputs <= DOUBLE_UP_TO else torch.float32)
+        self.gram = self.weight.new_zeros(inputs, inputs)
+        self.mean = self.weight.new_zeros(inputs) if centred else None
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -89,8 +88,7 @@ class Sublayer:
             weight: of the projection.
         """
         with safe_open(path, framework="pt") as file:
-            found = cls(weight[:, :0])
-            found.weight = weight.to(torch.float64 if weight.shape[1] <= DOUBLE_UP_TO else torch.float32)
+            found = cls(weight)
             found.gram = file.get_tensor("gram").to(found.weight)
             if "mean" in file.keys():  # noqa: SIM118
                 found.mean = file.get_tensor("mean").to(found.weight)

@@ -42,7 +42,8 @@ class RemovalOrder:
     def costs(self) -> list[float]:
         """The effect after each round: within a layer it grows as the objective does.
 
-        So it was in SmolLM2: from an eighth to a half of a layer's neurons, both grow five- to sixfold.
+        In SmolLM2, from an eighth to a half of a layer's neurons the objective grew 4.7- to 7.7-fold and the effect
+        4.3- to 9.1-fold; in 27 of 30 layers the one is within a quarter of the other.
         """
         rise = self.rises[self.gone.index(self.probed)] if self.probed else 0.0
         return [self.effect * value / rise if rise > 0 else 0.0 for value in self.rises]

@@ -50,6 +50,12 @@ def check_supported(config: Any) -> str:
             f"{kind!r} cannot be pruned yet; these can: {KINDS}. To add a decoder with separate projections, give it "
             "a row in edgebolt.common.anatomy.FAMILIES and its name in edgebolt.comp.pruned_models.KINDS."
         )
+    attention = str(getattr(config, "_attn_implementation", None))
+    if "flash" in attention:
+        raise NotImplementedError(
+            f"The model runs {attention}, which refuses float32, in which layers are pruned: load it with "
+            "attn_implementation='sdpa'."
+        )
     if plain.get("add_cross_attention"):
         raise NotImplementedError(f"This {kind} model has cross-attention, which this does not follow.")
     return kind

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from edgebolt.common.files import replaced
 from edgebolt.comp.blocks import Block, attention_block, ffn_block, keep_heads, keep_neurons, matrix, prunable_blocks
 from edgebolt.comp.calls import Calibration, first_sequences, run_layer, scaled_inputs, watching
+from edgebolt.comp.heap import trim
 from edgebolt.comp.importance import BlockInfluence
 from edgebolt.comp.least_squares import Sublayer
 from edgebolt.comp.plan import Plan, Survey
@@ -149,7 +149,7 @@ def survey_layers(
     for index in range(len(found.importance), len(layers)):
         entering = hidden[0][:probes].clone()
         influence, sums = _run_dense(layers, calibration, index, options, seconds)
-        _trim()
+        trim()
         orders, scales = dict[str, RemovalOrder](), dict[str, tuple[Tensor, Tensor | None]]()
         for block, own in sums:
             own.save(_sums_file(folder, index, block.name))
@@ -158,7 +158,7 @@ def survey_layers(
             if scale is not None:
                 scales[block.name] = scale, None if own.mean is None else own.mean.float()
         del sums, own
-        _trim()
+        trim()
         if measured:
             with seconds.spent("load"):
                 layer = layers.dense(index)
@@ -291,7 +291,7 @@ def _prune_layer(
         fold(consumer, found)
     with seconds.spent("write"):
         layers.store(index, layer, left)
-    _trim()
+    trim()
     return left
 
 
@@ -321,9 +321,3 @@ def _resume(path: Path, hidden: list[Tensor]) -> tuple[Survey, list[Branch]]:
             for number, (index, name) in enumerate(json.loads(notes["branches"]))
         ]
     return Survey.from_plain(json.loads(notes["survey"])), branches
-
-
-def _trim() -> None:
-    """Give the system back what was freed: glibc keeps tensors of up to 32 MiB, a layer or so of them."""
-    with suppress(OSError, AttributeError, TypeError):  # another libc, or none
-        ctypes.CDLL(None).malloc_trim(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from edgebolt.comp.heap import trim
 
 __all__ = ["MeasuredMemory", "measured_memory"]
 
@@ -64,8 +65,7 @@ def measured_memory(interval: float = 0.002) -> Iterator[MeasuredMemory]:
         yield result
         return
     gc.collect()
-    with suppress(OSError, AttributeError):  # a libc without it
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     before = most = result.before = _bytes(status)
     done = threading.Event()
 
