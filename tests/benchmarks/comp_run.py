@@ -45,13 +45,13 @@ def comp(**options):
     return prune
 
 
-def rival(name, batch_size=16, heads_from=None):
-    """A method that loads a model and prunes it with a rival; heads go too from the ratio ``heads_from`` on."""
+def rival(name, batch_size=16, heads=()):
+    """A method that loads a model and prunes it with a rival; heads go too at the ratios ``heads``."""
 
     def prune(folder, batches, ratio, output):
         model, ids = load(folder), torch.cat([batch["input_ids"] for batch in batches])
         batches = [{"input_ids": part} for part in ids.split(batch_size)]
-        options = {} if name == "shortgpt" else {"attention": heads_from is not None and ratio >= heads_from}
+        options = {} if name == "shortgpt" else {"attention": ratio in heads}
         return RIVALS[name](**options).prune(model, batches, ratio), model
 
     return prune
@@ -60,13 +60,14 @@ def rival(name, batch_size=16, heads_from=None):
 METHODS = {
     "COMP": comp(),
     "COMP, mask": comp(recover="mask", ridge=0.01),  # the paper's recovery
-    # Heads go where that made the validation texts' perplexity lower; all else is as published.
+    # Heads go where that made the validation texts' perplexity lower (`python comp_run.py FLAP --heads --ratio 0.2`; of
+    # two texts that disagree, the product); all else is as published.
     "magnitude": rival("magnitude"),
     "Wanda-sp": rival("wanda-sp"),
     "ShortGPT": rival("shortgpt"),
-    "FLAP": rival("flap", heads_from=0.3),
+    "FLAP": rival("flap", heads=(0.3, 0.4, 0.5)),
     # Batches of two take less memory than larger ones, and give the same sums of gradients.
-    "LLM-Pruner": rival("llm-pruner", batch_size=2, heads_from=0.5),
+    "LLM-Pruner": rival("llm-pruner", batch_size=2, heads=(0.5,)),
 }
 
 
@@ -135,25 +136,38 @@ def answers(model, limit=QUESTIONS):
     return found
 
 
+def validate(method, ratio, told):
+    """Print the perplexities of the validation texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, model = method(dense()[0], calibration(), ratio, Path(folder) / "small")
+        model = model or load(Path(folder) / "small")
+    values = ", ".join(f"{name} {value:.2f}" for name, value in perplexities(model, held_out=False).items())
+    print(f"{told}, ratio {report.ratio:.4f}: {values}; dropped {report.dropped}; "
+          f"{ {k: round(v, 1) for k, v in report.seconds.items()} }", flush=True)  # fmt: skip
+
+
 def main():
     """How options were chosen: perplexities of the validation texts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("options", nargs="*", help="of Comp, such as depth_fraction=0.25, or a method's name")
-    parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("options", nargs="*", help="of Comp, such as depth_fraction=0.25; or names of methods")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--heads", action="store_true", help="each named rival with heads and without")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.options and args.options[0] in METHODS:
-        method = METHODS[args.options[0]]
+        for ratio in args.ratio:
+            for name in args.options:
+                if not args.heads:
+                    validate(METHODS[name], ratio, name)
+                    continue
+                for heads in ((), args.ratio):
+                    method = rival(name.lower(), 2 if name == "LLM-Pruner" else 16, heads)
+                    validate(method, ratio, f"{name} {'with' if heads else 'without'} heads")
     else:
         given = {key: json.loads(value) if value[0] in "0123456789tf-[" else value
                  for key, _, value in (option.partition("=") for option in args.options)}  # fmt: skip
-        method = comp(**given)
-    with tempfile.TemporaryDirectory() as folder:
-        report, model = method(dense()[0], calibration(), args.ratio, Path(folder) / "small")
-        model = model or load(Path(folder) / "small")
-    values = ", ".join(f"{name} {value:.2f}" for name, value in perplexities(model, held_out=False).items())
-    print(f"ratio {report.ratio:.4f} {' '.join(args.options)}: {values}; dropped {report.dropped}; "
-          f"{ {k: round(v, 1) for k, v in report.seconds.items()} }", flush=True)  # fmt: skip
+        for ratio in args.ratio:
+            validate(comp(**given), ratio, f"COMP {' '.join(args.options)}".strip())
 
 
 if __name__ == "__main__":
