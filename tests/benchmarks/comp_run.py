@@ -60,8 +60,8 @@ def rival(name, batch_size=16, heads=()):
 METHODS = {
     "COMP": comp(),
     "COMP, mask": comp(recover="mask", ridge=0.01),  # the paper's recovery
-    # Heads go where that made the validation texts' perplexity lower (`python comp_run.py FLAP --heads --ratio 0.2`; of
-    # two texts that disagree, the product); all else is as published.
+    # Heads go where that made the validation texts' perplexity lower (`python comp_run.py FLAP --heads --ratio 0.2`;
+    # where the two texts disagree, their product); all else is as published.
     "magnitude": rival("magnitude"),
     "Wanda-sp": rival("wanda-sp"),
     "ShortGPT": rival("shortgpt"),
