@@ -1,4 +1,4 @@
-"""COMP in 40 lines: a small GPT-2 learns torch's docstrings, is pruned by 30 %, and loads like any other model."""
+"""COMP in 50 lines: a small GPT-2 learns torch's docstrings, is pruned by 30 %, and loads like any other model."""
 
 import argparse
 import inspect

@@ -46,6 +46,21 @@ def test_encoders_get_texts_one_by_one_padded_and_cut():
     assert rows.shape == (2, 4) and sorted(batches[0]["attention_mask"].sum(1).tolist()) == [1, 4]
 
 
+def test_lists_of_ids_for_encoders_stay_apart():
+    texts = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 9, 2]]
+    first, second = batches_of(texts, None, 3, 5, 2, seed=0, padded=True, pad=3)
+    rows = [[*ids] for batch in (first, second) for ids in batch["input_ids"].tolist()]
+    kept = [
+        [token for token, real in zip(ids, mask, strict=True) if real]
+        for batch in (first, second)
+        for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+    ]
+    assert sorted(kept) == sorted(text[:5] for text in texts)
+    assert all(row[len(text) :] == [3] * (len(row) - len(text)) for row, text in zip(rows, kept, strict=True))
+    with pytest.raises(ValueError, match="has no tokens"):
+        batches_of([[1], []], None, 2, 4, 2, seed=0, padded=True)
+
+
 @pytest.mark.parametrize(
     ("texts", "error", "message"),
     [

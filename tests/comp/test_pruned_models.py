@@ -132,11 +132,13 @@ def test_a_new_head_on_a_pruned_encoder(pair):
     )
 
 
-def test_a_damaged_checkpoint_is_refused(pair, tmp_path):
+@pytest.mark.parametrize(
+    "lost", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_a_damaged_checkpoint_is_refused(lost, pair, tmp_path):
     small = saved(reload(pair("llama").small, "llama"), tmp_path)
-    lost = "model.layers.0.mlp.down_proj.weight"
     rewrite(small, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
-    with pytest.raises(ValueError, match=rf"lacks 1 tensors of the layers, such as \['{lost}'\]"):
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors, such as \['{lost}'\]"):
         reload(small, "llama")
 
 

@@ -308,9 +308,17 @@ def test_a_folder_that_a_run_had_only_made_is_taken(pair, tmp_path):
 
 def test_streams_in_mapped_files_change_nothing(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(comp, "MAPPED_ABOVE", 0)
-    made = pair("llama")
+    made, whole, files = pair("llama"), comp.capture, []
+
+    def watched(model, runs, folder):
+        captured = whole(model, runs, folder)
+        files.append([path.stat().st_size for path in sorted(folder.iterdir())])
+        return captured
+
+    monkeypatch.setattr(comp, "capture", watched)
     prune(str(made.dense), output=tmp_path / "small", prune_attention=True)
     same_files(made.small, tmp_path / "small")
+    assert len(files) == 1 and files[0] and min(files[0]) > 0  # as they came, not once all of them were there
 
 
 def test_a_full_folder_is_refused(pair, tmp_path):

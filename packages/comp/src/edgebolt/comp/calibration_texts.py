@@ -20,7 +20,7 @@ Texts = Sequence[str] | Sequence[Sequence[int]] | Tensor
 
 
 def batches_of(
-    texts: Texts, tokenizer: Any, samples: int, length: int, batch_size: int, seed: int, padded: bool
+    texts: Texts, tokenizer: Any, samples: int, length: int, batch_size: int, seed: int, padded: bool, pad: int = 0
 ) -> list[dict[str, Tensor]]:
     """Batches for a model's forward.
 
@@ -35,6 +35,7 @@ def batches_of(
         batch_size: sequences in a batch.
         seed: of the draw.
         padded: keep texts apart, as encoders do.
+        pad: token that lists of ids are padded with.
 
     Raises:
         TypeError: for strings without a tokenizer.
@@ -46,20 +47,16 @@ def batches_of(
         return [{"input_ids": part} for part in torch.split(texts[:samples].long(), batch_size)]
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts={texts!r}: use a list of strings, or of lists of token ids, that is not empty.")
+    if isinstance(texts[0], str) and tokenizer is None:
+        raise TypeError("texts are strings, and the model has no tokenizer: pass tokenizer=, or token ids.")
+    if padded:
+        order = np.random.default_rng([seed, 0]).permutation(len(texts))[:samples]
+        groups = [[texts[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+        if isinstance(texts[0], str):
+            options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
+            return [dict(tokenizer([str(text) for text in group], **options)) for group in groups]
+        return [_padded([[int(token) for token in text][:length] for text in group], pad) for group in groups]
     if isinstance(texts[0], str):
-        if tokenizer is None:
-            raise TypeError("texts are strings, and the model has no tokenizer: pass tokenizer=, or token ids.")
-        generator = np.random.default_rng([seed, 0])
-        order = generator.permutation(len(texts))
-        if padded:
-            chosen = [str(texts[index]) for index in order[:samples]]
-            made = [
-                tokenizer(
-                    chosen[at : at + batch_size], truncation=True, max_length=length, padding=True, return_tensors="pt"
-                )
-                for at in range(0, len(chosen), batch_size)
-            ]
-            return [dict(batch) for batch in made]
         texts = tokenizer([str(text) for text in texts], add_special_tokens=False)["input_ids"]
         end = tokenizer.eos_token_id
     else:
@@ -79,6 +76,16 @@ def batches_of(
     # In the order of the draw: the first batch, on which effects are measured, is to come from all of the texts.
     drawn = np.random.default_rng([seed, 1]).permutation(pieces)[:samples]
     return [{"input_ids": part} for part in torch.split(table[torch.from_numpy(drawn)], batch_size)]
+
+
+def _padded(texts: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """One batch of texts of unequal lengths."""
+    if not all(texts):
+        raise ValueError("A calibration text has no tokens: leave it out.")
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def fingerprint(batches: Sequence[dict[str, Tensor]]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +39,20 @@ class Calibration:
         calls: a batch each, a layer each: the other arguments.
         real: a batch each: bool, sequences by tokens; False where there is padding.
         ids: a batch each: the token ids, where the model was given such.
+        folder: of the files that hidden states are mapped to; None: they are in memory.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
+    folder: Path | None = None
+
+    def forget(self) -> None:
+        """Let the hidden states go, and their files."""
+        self.hidden.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def vocabulary(self) -> Tensor | None:
         """All tokens that occur, ascending; None if some batch was no token ids."""
@@ -70,12 +80,19 @@ class _Recorder(nn.Module):
         return (hidden,) if self.wrap is tuple else hidden
 
 
-def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
+def mapped(hidden: Tensor, file: Path) -> Tensor:
+    """A float32 copy that is mapped to a file."""
+    flat = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=torch.float32)
+    return flat.view(hidden.shape).copy_(hidden)
+
+
+def capture(model: nn.Module, runs: list[Callable[[], object]], folder: Path | None = None) -> Calibration:
     """Run the model once for each batch, its layers left out, and note what the layers would have got.
 
     Args:
         model: a transformers model.
         runs: each runs the model on one batch, in whatever way.
+        folder: where the hidden states are mapped to files, as they come; None: they stay in memory.
 
     Raises:
         ValueError: if a run did not reach the layers.
@@ -83,7 +100,7 @@ def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
     anatomy = Anatomy(model)
     layers = anatomy.layers
     dense = list(layers)
-    calibration = Calibration()
+    calibration = Calibration(folder=folder)
     masks: list[Tensor | None] = []
     seen: list[Tensor] = []
 
@@ -114,7 +131,10 @@ def capture(model: nn.Module, runs: list[Callable[[], object]]) -> Calibration:
             hidden = notes[0][0]
             real = masks[-1]
             real = torch.ones(hidden.shape[:2], dtype=torch.bool) if real is None else real.bool()
-            calibration.hidden.append(hidden.detach().to(torch.float32, copy=True))
+            if folder is None:
+                calibration.hidden.append(hidden.detach().to(torch.float32, copy=True))
+            else:
+                calibration.hidden.append(mapped(hidden.detach(), folder / f"{len(calibration.hidden)}.bin"))
             calibration.calls.append(_without_cache([call for _, call in notes]))
             calibration.real.append(real.to(hidden.device))
             calibration.ids += seen[-1:]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from edgebolt.common.text import find_model
 from edgebolt.comp.allocation import Allocation
 from edgebolt.comp.blocks import attention_block, ffn_block, parameter_count
 from edgebolt.comp.calibration_texts import Texts, batches_of, fingerprint
-from edgebolt.comp.calls import Calibration, capture, capture_batches
+from edgebolt.comp.calls import Calibration, capture, capture_batches, mapped
 from edgebolt.comp.checkpoint import Checkpoint, Skeleton
 from edgebolt.comp.in_memory import LayersInMemory
 from edgebolt.comp.plan import Plan, Survey, make_plan
@@ -46,9 +45,9 @@ class Comp:
     From the paper (abstract and digests; its body was not available): whole layers go first, by the cosine between
     what enters and leaves them; every other layer then has a rate of its own; neurons of its dense layers go in
     rounds, by a score built on matrix condition, the variance of the mask being kept in a bound; and the mask of those
-    that stay is tuned by least squares and folded into the weights. Ours: all formulas and numbers beyond that, each
-    of them an argument. Two defaults are not the paper's: no whole layers go, and all of the projection's weight is
-    solved for; ``depth_fraction=0.5, recover="mask"`` is nearer to it.
+    that stay is tuned by least squares. Ours: folding it into the weights, and all formulas and numbers beyond that,
+    each of them an argument. Two defaults are not the paper's: no whole layers go, and all of the projection's weight
+    is solved for; ``depth_fraction=0.5, recover="mask", ridge=0.01`` is nearer to it.
 
     One run of the dense model, layer by layer, collects the sums that all is decided and solved with. They lie in
     files until the rates are known: of each layer, ``4 n²`` bytes for ``n`` neurons. Those of a checkpoint are in
@@ -202,6 +201,7 @@ class Comp:
         units = _units(layers, list(layers.layers))
         self._check_sizes(layers.kind, layers.config, list(layers.layers))
         with tempfile.TemporaryDirectory(prefix="comp-") as folder:
+            _map_large(calibration, Path(folder))
             plan, survey, slimmed, seconds = self._passes(
                 layers, list(layers.layers), calibration, Path(folder), progress, resumable=False
             )
@@ -212,7 +212,7 @@ class Comp:
 
     def _prune_loaded(self, model: Any, texts: Texts, tokenizer: Any, progress: bool) -> Report:
         kind = self._check(getattr(model, "config", None))
-        batches = self._batches(texts, tokenizer, kind)
+        batches = self._batches(texts, tokenizer, kind, model.config)
         calibration = capture_batches(model, batches)
         return self.prune_captured(model, calibration, fingerprint(batches), progress)
 
@@ -224,7 +224,7 @@ class Comp:
         kind = self._check(config)
         if tokenizer is None and not isinstance(texts, Tensor) and len(texts) and isinstance(texts[0], str):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        batches = self._batches(texts, tokenizer, kind)
+        batches = self._batches(texts, tokenizer, kind, config)
         digest = fingerprint(batches)
         skeleton = Skeleton(config, Checkpoint(folder))
         if not self.uniform:
@@ -249,9 +249,12 @@ class Comp:
         dense_bytes = sum(size for size, _ in stamps.values())
         skeleton.open_embeddings(torch.cat([batch["input_ids"].flatten() for batch in batches]))
         model = skeleton.model
-        calibration = capture(model, [partial(model, **batch) for batch in batches])
         layers = LayersInFiles(skeleton, output)
         units = _units(layers, shapes)
+        hidden_bytes = 4 * config.hidden_size * sum(batch["input_ids"].numel() for batch in batches)
+        large = hidden_bytes > MAPPED_ABOVE
+        place = Path(tempfile.mkdtemp(prefix="hidden-", dir=layers.parts)) if large else None
+        calibration = capture(model, [partial(model, **batch) for batch in batches], place)
         plan, survey, slimmed, seconds = self._passes(
             layers, shapes, calibration, layers.parts, progress, resumable=True
         )
@@ -284,9 +287,9 @@ class Comp:
         """Whether as much can go: that is known before anything is run."""
         make_plan(kind, config, shapes, _alike(shapes), replace(self, allocation="uniform"))
 
-    def _batches(self, texts: Texts, tokenizer: Any, kind: str) -> list[dict[str, Tensor]]:
-        padded = kind in ("bert", "roberta", "mpnet")
-        return batches_of(texts, tokenizer, self.samples, self.length, self.batch_size, self.seed, padded)
+    def _batches(self, texts: Texts, tokenizer: Any, kind: str, config: Any) -> list[dict[str, Tensor]]:
+        padded, pad = kind in ("bert", "roberta", "mpnet"), getattr(config, "pad_token_id", None) or 0
+        return batches_of(texts, tokenizer, self.samples, self.length, self.batch_size, self.seed, padded, pad)
 
     def _passes(
         self,
@@ -301,12 +304,11 @@ class Comp:
         seconds = Seconds()
         with tqdm(total=2 * len(layers), desc="COMP", unit="layer", disable=not progress) as bar:
             if self.ratio:
-                with _mapped(calibration, folder):
-                    survey = survey_layers(layers, calibration, folder, self, seconds, resumable, bar.update)
+                survey = survey_layers(layers, calibration, folder, self, seconds, resumable, bar.update)
             else:
                 survey = _alike(shapes)
                 bar.update(len(layers))
-            calibration.hidden.clear()
+            calibration.forget()
             plan = make_plan(layers.kind, layers.config, shapes, survey, self)
             slimmed = prune_layers(layers, plan, survey, folder, self, seconds, bar.update)
         return plan, survey, slimmed, seconds
@@ -337,19 +339,13 @@ def _local(name: str) -> Path:
     return Path(snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", *BESIDE]))
 
 
-@contextlib.contextmanager
-def _mapped(calibration: Calibration, folder: Path) -> Iterator[None]:
-    """Inside the block, large hidden states are in mapped files, if they are on the CPU."""
+def _map_large(calibration: Calibration, folder: Path) -> None:
+    """Move large hidden states to mapped files, if they are on the CPU."""
     batches = calibration.hidden
-    if batches[0].is_cuda or sum(batch.nbytes for batch in batches) <= MAPPED_ABOVE:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="hidden-", dir=folder) as place:
+    if not batches[0].is_cuda and sum(batch.nbytes for batch in batches) > MAPPED_ABOVE:
+        calibration.folder = Path(tempfile.mkdtemp(prefix="hidden-", dir=folder))
         for number, batch in enumerate(batches):
-            file = str(Path(place) / f"{number}.bin")
-            flat = torch.from_file(file, shared=True, size=batch.numel(), dtype=batch.dtype)
-            batches[number] = flat.view(batch.shape).copy_(batch)
-        yield
+            batches[number] = mapped(batch, calibration.folder / f"{number}.bin")
 
 
 def _open_output(output: Path, job: dict[str, Any]) -> None:

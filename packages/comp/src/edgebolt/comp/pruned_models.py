@@ -53,10 +53,11 @@ class _Resized:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but that no weight of a layer is ever filled with random numbers.
+        """As in transformers, but that no weight below a head is ever filled with random numbers.
 
         Raises:
-            ValueError: for ``ignore_mismatched_sizes=True``, and for a checkpoint that lacks a layer's tensor.
+            ValueError: for ``ignore_mismatched_sizes=True``, and for a checkpoint that lacks a tensor; heads and
+                poolers, which a new task begins with, may be missing.
         """
         if kwargs.get("ignore_mismatched_sizes"):
             raise ValueError(
@@ -66,13 +67,14 @@ class _Resized:
             )
         told = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)  # type: ignore[misc]
-        anatomy = Anatomy(model)
-        inside = f"{anatomy.prefix}{anatomy.family.layers}."
-        missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
+        inside = Anatomy(model).prefix
+        missing = sorted(
+            name for name in info["missing_keys"] if name.startswith(inside) and "pooler" not in name.split(".")
+        )
         if missing:
             raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensors of the layers, such as {missing[:3]}: it is damaged, or "
-                "was written by something else. Prune the dense model again."
+                f"The checkpoint lacks {len(missing)} tensors, such as {missing[:3]}: it is damaged, or something "
+                "else has written it. Prune the dense model again."
             )
         return (model, info) if told else model
 
