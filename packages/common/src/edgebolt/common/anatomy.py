@@ -25,6 +25,10 @@ class Family:
         heads: names that a task head may have in the whole model.
         pooler: what lies between the backbone's layers and a classification head, inside the backbone; None where
             the family has none.
+        positions: the table of learned positions that is added to the embeddings, inside the backbone; None where
+            positions come in otherwise.
+        rotary: what turns positions into the angles that decoder layers are given, inside the backbone; None where
+            they are given none.
     """
 
     layers: str
@@ -37,6 +41,8 @@ class Family:
     norm: str | None = None
     heads: tuple[str, ...] = ("classifier", "score", "lm_head")
     pooler: str | None = None
+    positions: str | None = None
+    rotary: str | None = None
 
 
 _ROBERTA = Family(
@@ -59,6 +65,7 @@ _LLAMA = Family(
     output="self_attn.o_proj",
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     norm="norm",
+    rotary="rotary_emb",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -72,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         output="attn.c_proj",
         mlp=("mlp.c_fc", "mlp.c_proj"),
         norm="ln_f",
+        positions="wpe",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

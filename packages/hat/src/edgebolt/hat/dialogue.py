@@ -1,0 +1,194 @@
+"""One text over one link: chunks of the prompt, rounds, and what to do when the link or the cloud forgets."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from edgebolt.hat.chunk_size import chunk_size
+from edgebolt.hat.conversation import Conversation
+from edgebolt.hat.link import CloudLink, LinkLostError
+from edgebolt.hat.upload import Upload
+
+__all__ = ["Chunking", "Dialogue", "Timings", "UploadRefusedError"]
+
+
+class UploadRefusedError(RuntimeError):
+    """The cloud says that it can never run an upload, and why."""
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How a prompt is cut.
+
+    Args:
+        tokens: of a chunk; None: solved for each chunk (:func:`edgebolt.hat.chunk_size`); the whole prompt where it is
+            larger.
+        smallest, largest: bounds of the solution.
+        stages: of the cloud's pipeline.
+        ahead: chunks that are sent before the first of them is answered.
+    """
+
+    tokens: int | None = None
+    smallest: int = 8
+    largest: int = 512
+    stages: int = 1
+    ahead: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.tokens is not None and self.tokens < 1) or not 1 <= self.smallest <= self.largest or self.ahead < 1:
+            raise ValueError(f"{self}: tokens, smallest and ahead are at least 1, and smallest is at most largest.")
+
+
+@dataclass
+class Timings:
+    """When the tokens of a text came, in seconds from its beginning.
+
+    Args:
+        tokens: seconds of each token, those of one round at once.
+    """
+
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token (TTFT)."""
+        return self.tokens[0]
+
+    @property
+    def between(self) -> float:
+        """Seconds between two tokens, on average (TBT); 0 for a single one."""
+        return (self.tokens[-1] - self.tokens[0]) / max(len(self.tokens) - 1, 1)
+
+
+class Dialogue:
+    """Drives a conversation over a link until its text is complete.
+
+    Args:
+        conversation: the device's half.
+        link: to the cloud.
+        chunking: of the prompt.
+        retries: how often in a row a lost link is opened anew.
+        clock: seconds, for the timings.
+
+    Attributes:
+        timings: when tokens came.
+        recovered: how often the cloud had to be given anew what it did not hold.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        link: CloudLink,
+        chunking: Chunking | None = None,
+        retries: int = 5,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.conversation, self.link = conversation, link
+        self.chunking, self.retries, self.clock = Chunking() if chunking is None else chunking, retries, clock
+        self.name = secrets.token_bytes(16)
+        self.timings, self.recovered = Timings(), 0
+        self._sequence, self._answered, self._from = 0, 0, 1
+        self._last: Upload | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The text's new tokens, round by round.
+
+        Raises:
+            LinkLostError: if the link stays lost.
+            UploadRefusedError: if the cloud refuses an upload.
+        """
+        start = self.clock()
+        try:
+            new = self.conversation.begin(self._prompt())
+            while True:
+                self.timings.tokens += [self.clock() - start] * len(new)
+                yield new
+                if self.conversation.done:
+                    return
+                while self.conversation.drafts:
+                    self.conversation.draft()
+                self._send(self.conversation.upload())
+                while not self.link.arrived() and self.conversation.look_ahead():
+                    pass
+                new = self.conversation.receive(self._answer())
+        finally:
+            self.link.end(self.name)
+
+    def _prompt(self) -> Tensor:
+        conversation, chunking = self.conversation, self.chunking
+        while (left := conversation.prompt_length - conversation.held) > 0:
+            if self._sequence - self._answered >= chunking.ahead:
+                self._answer(self._sequence - chunking.ahead + 1)
+            self._send(conversation.chunk(self._tokens(left)))
+        conversation.read_prompt()
+        return self._answer()
+
+    def _tokens(self, left: int) -> int:
+        rule, seconds = self.chunking, self.link.row_seconds()
+        if rule.tokens is not None:
+            return min(rule.tokens, left)
+        if not seconds:
+            return min(rule.largest, left)
+        batch = self.link.batch_tokens()
+        return chunk_size(left, seconds, self.link.cloud_seconds, batch, rule.stages, rule.smallest, rule.largest)
+
+    def _send(self, upload: Upload) -> None:
+        self._sequence += 1
+        self._last = upload
+        try:
+            self.link.send(self.name, self._sequence, upload)
+        except LinkLostError:
+            self._reopen()
+
+    def _answer(self, wanted: int | None = None) -> Tensor:
+        """What the cloud gives for the upload number ``wanted``, by default the last one."""
+        wanted = self._sequence if wanted is None else wanted
+        attempts = 0
+        while True:
+            try:
+                answer = self.link.receive(self.name)
+            except LinkLostError:
+                attempts += 1
+                if attempts > self.retries:
+                    raise
+                self._reopen()
+                continue
+            attempts = 0
+            if answer.sequence < self._from:
+                continue  # to what was sent before the cloud was given anew what it had lost
+            if answer.refused is not None:
+                raise UploadRefusedError(answer.refused)
+            if answer.held is not None:
+                self._resend(answer.held)
+                wanted = self._sequence
+                continue
+            self._answered = max(self._answered, answer.sequence)
+            if answer.sequence >= wanted:
+                assert answer.deep is not None
+                return answer.deep
+
+    def _resend(self, held: int) -> None:
+        """Give the cloud what it does not hold, and the last upload again."""
+        assert self._last is not None
+        last, self.recovered = self._last, self.recovered + 1
+        self._from = self._sequence + 1
+        rows = self.chunking.tokens or self.chunking.largest
+        for upload in self.conversation.resent(min(held, last.start), last.start, rows):
+            self._send(upload)
+        self._send(last)
+
+    def _reopen(self) -> None:
+        for attempt in range(1, self.retries + 1):
+            try:
+                self.link.reopen()
+                if self._last is not None:
+                    self.link.send(self.name, self._sequence, self._last)
+                return
+            except LinkLostError:
+                if attempt == self.retries:
+                    raise

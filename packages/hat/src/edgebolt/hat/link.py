@@ -1,0 +1,115 @@
+"""What carries a device's uploads to the cloud, and the answers back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from edgebolt.hat.cloud_engine import Answer, CloudEngine
+from edgebolt.hat.row_format import FORMATS
+from edgebolt.hat.upload import Upload
+
+__all__ = ["CloudLink", "InProcess", "LinkLostError"]
+
+
+class LinkLostError(ConnectionError):
+    """The link has broken, or nothing has come for too long."""
+
+
+class CloudLink(Protocol):
+    """One device's link. Answers come in any order and may be missing; every upload may be sent again."""
+
+    def send(self, conversation: bytes, sequence: int, upload: Upload) -> None:
+        """Send an upload, or queue it.
+
+        Raises:
+            LinkLostError: if the link has broken.
+        """
+
+    def receive(self, conversation: bytes) -> Answer:
+        """Wait for the next answer.
+
+        Raises:
+            LinkLostError: if the link has broken, or nothing has come for too long.
+        """
+
+    def arrived(self) -> bool:
+        """Whether :meth:`receive` would return at once."""
+
+    def reopen(self) -> None:
+        """Open the link anew after it was lost.
+
+        Raises:
+            LinkLostError: if that does not succeed.
+        """
+
+    def end(self, conversation: bytes) -> None:
+        """Say that a conversation is over."""
+
+    def row_seconds(self) -> float:
+        """``A / β``: seconds that a row is on the uplink, as measured so far; 0 while nothing is known."""
+
+    def cloud_seconds(self, tokens: float) -> float:
+        """``g``: seconds that the cloud takes for a batch of so many tokens, as it says."""
+
+    def batch_tokens(self) -> float:
+        """``μ``: tokens of a batch, as the cloud says."""
+
+
+class InProcess:
+    """A link to an engine in the same process, which runs when an answer is waited for.
+
+    Args:
+        engine: the cloud.
+        rows: format that rows pass on both ways, a key of ``FORMATS``; None: none.
+        steps: how often :meth:`arrived` says no before an answer is waited for: steps of look-ahead.
+    """
+
+    def __init__(self, engine: CloudEngine, rows: str | None = None, steps: int = 4) -> None:
+        self.engine, self.format, self.steps = engine, None if rows is None else FORMATS[rows], steps
+        self._answers: dict[bytes, deque[Answer]] = {}
+        self._polled = 0
+
+    def send(self, conversation: bytes, sequence: int, upload: Upload) -> None:
+        """Hand an upload to the engine."""
+        self._polled = 0
+        if self.format is not None:
+            passed = self.format.passed(upload.rows)
+            upload = Upload(upload.start, passed, upload.reply, upload.kept, upload.parents)
+        self.engine.take(conversation, sequence, upload, self._answers.setdefault(conversation, deque()).append)
+
+    def receive(self, conversation: bytes) -> Answer:
+        """Run the engine until there is an answer."""
+        waiting = self._answers.setdefault(conversation, deque())
+        while not waiting:
+            if not self.engine.step() and not waiting:
+                raise LinkLostError("The engine has nothing to run, and an answer is waited for.")
+        answer = waiting.popleft()
+        if self.format is not None and answer.deep is not None:
+            answer = Answer(answer.sequence, self.format.passed(answer.deep))
+        return answer
+
+    def arrived(self) -> bool:
+        """No for ``steps`` times, then yes."""
+        self._polled += 1
+        return self._polled > self.steps
+
+    def reopen(self) -> None:
+        """Nothing to open."""
+
+    def end(self, conversation: bytes) -> None:
+        """Let the conversation's cache go."""
+        self.engine.end(conversation)
+        self._answers.pop(conversation, None)
+
+    def row_seconds(self) -> float:
+        """Nothing is measured."""
+        return 0.0
+
+    def cloud_seconds(self, tokens: float) -> float:
+        """Nothing is measured."""
+        return 0.0
+
+    def batch_tokens(self) -> float:
+        """Nothing is measured."""
+        return 0.0
