@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
 from edgebolt.common.decoding import Segment, new_cache
 from edgebolt.hat.adapter import HatAdapter
@@ -108,8 +107,6 @@ class HatDistillation(L.LightningModule):
         self.whole = [model]  # in a list: a checkpoint holds the adapter alone
         self.learning_rate, self.ce_weight, self.normed, self.noise = learning_rate, ce_weight, normed, noise
         self.warmup, self.drafting = warmup, Drafting() if drafting is None else drafting
-        names = ("loss", "loss_reg", "loss_ce", "top1_agree", "expected_accept_len")
-        self._metrics = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @torch.no_grad()
     def features(self, batch: Any) -> dict[str, Tensor]:
@@ -164,15 +161,13 @@ class HatDistillation(L.LightningModule):
         loss, parts = self.losses(batch)
         agrees = parts["logits"].argmax(-1) == parts["target"].argmax(-1)
         sure = parts["logits"].float().softmax(-1).amax(-1) >= self.drafting.threshold
-        found = {"loss": loss, "loss_reg": parts["loss_reg"], "loss_ce": parts["loss_ce"]}
         lengths = [int(count) for count in batch["lengths"]]
-        metrics: dict[str, Any] = dict(self._metrics.items())
-        for name, value in found.items():
-            metrics[name].update(value, len(agrees))
-        metrics["top1_agree"].update(agrees.float())
-        for same, confident in zip(torch.split(agrees, lengths), torch.split(sure, lengths), strict=True):
-            metrics["expected_accept_len"].update(accept_length(same, confident, self.drafting.longest))
-        self.log_dict({f"val/{name}": metric for name, metric in metrics.items()}, prog_bar=True)
+        texts = zip(torch.split(agrees, lengths), torch.split(sure, lengths), strict=True)
+        rounds = torch.cat([accept_length(same, confident, self.drafting.longest) for same, confident in texts])
+        found = {"loss": loss, "loss_reg": parts["loss_reg"], "loss_ce": parts["loss_ce"]}
+        found |= {"top1_agree": agrees.float().mean(), "expected_accept_len": rounds.mean()}
+        # weighted by tokens, so that batches of unequal length count for what they are
+        self.log_dict({f"val/{name}": value for name, value in found.items()}, prog_bar=True, batch_size=len(agrees))
 
     def configure_optimizers(self) -> Any:
         """AdamW on the adapter, with warm-up and a cosine to a tenth."""
