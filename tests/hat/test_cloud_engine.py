@@ -18,7 +18,18 @@ from tiny_hat import (
 )
 
 from edgebolt.common.decoding import Segment, cache_bytes, cache_length, new_cache
-from edgebolt.hat import Chunking, CloudEngine, CloudModel, Dialogue, Drafting, InProcess, Limits, Upload
+from edgebolt.hat import (
+    Chunking,
+    CloudEngine,
+    CloudModel,
+    Dialogue,
+    Drafting,
+    InProcess,
+    Limits,
+    MedusaConversation,
+    MedusaHeads,
+    Upload,
+)
 from edgebolt.hat.dialogue import UploadRefusedError
 
 
@@ -484,3 +495,33 @@ def test_a_model_is_not_given_rows_that_build_on_what_is_not_there():
 def test_limits_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}=0: use a number above 0"):
         Limits(**{name: 0})
+
+
+def test_prompts_are_run_in_the_order_in_which_they_came():
+    cloud, answers = engine(Limits(batch_tokens=4)), []
+    first, second = (conversation(length, 2, None) for length in (12, 9))
+
+    def take(name, sequence, upload):
+        cloud.take(name, sequence, upload, lambda answer: answers.append((name, answer.sequence)))
+
+    take("first", 1, first.chunk(6))
+    take("second", 1, second.chunk(9))
+    take("first", 2, first.chunk(6))  # being newly heard of does not put the first one behind
+    while cloud.step():
+        pass
+    assert answers == [("first", 1), ("second", 1), ("first", 2)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_tree_goes_on_after_the_cloud_has_forgotten(every):
+    talk = MedusaConversation(parts(), MedusaHeads(parts()), prompt(9), 20, stops=())
+    link = InProcess(engine())
+    dialogue = Dialogue(talk, link, Chunking(4))
+    for number, _ in enumerate(dialogue):
+        if number % every == 0:
+            link.engine.end(dialogue.name)
+    assert dialogue.recovered > 1
+    alone = MedusaConversation(parts(), MedusaHeads(parts()), prompt(9), 20, stops=())
+    for _ in Dialogue(alone, InProcess(engine()), Chunking(9)):
+        pass
+    assert talk.text == alone.text

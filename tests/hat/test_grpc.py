@@ -25,6 +25,7 @@ from tiny_hat import (
     until,
 )
 
+from edgebolt.common.decoding import Link
 from edgebolt.hat import (
     FORMATS,
     Chunking,
@@ -724,3 +725,43 @@ def test_files_that_cannot_be_read_are_named(tmp_path, missing):
         DeviceKeys(**files).credentials()
     with pytest.raises(ValueError, match=f"{missing}=.*No such file"):
         ServerKeys(files["cert"], files["key"], files["ca"]).credentials()
+
+
+def test_the_uplink_is_measured_and_chunks_follow():
+    shape = Link(up=200e3, down=1e9)  # a row of 256 bytes takes 1.28 ms
+    with Served() as cloud:
+        found = cloud.link(shape=shape)
+        sent, send = [], found.send
+
+        def noted(conversation, sequence, upload):
+            sent.append(len(upload.rows))
+            send(conversation, sequence, upload)
+
+        found.send = noted
+        dialogue = Dialogue(talk(140, 2), found, Chunking(first=32))
+        assert found.row_seconds() is None
+        assert spoken(dialogue) == autoregressive(prompt(140), 2)
+        assert 1.2e-3 < found.row_seconds() < 6e-3  # sleeps are never shorter than asked for
+        # the third goes when the first is answered; only the second tells of the link, and the cloud is faster
+        assert sent[:3] == [32] * 3 and max(sent[3:]) < 32
+        found.close()
+
+
+def test_a_cloud_that_takes_few_rows_gets_few():
+    with Served(upload_rows=16) as cloud:
+        found = cloud.link()
+        assert found.most_rows == 16
+        dialogue = Dialogue(talk(100, 8), found)
+        for number, _ in enumerate(dialogue):
+            if number == 1:  # and so when it is given anew what it does not hold
+                cloud.loop.call_soon_threadsafe(cloud.engine.end, ((), dialogue.name))
+        assert dialogue.conversation.text == autoregressive(prompt(100), 8)
+        found.close()
+
+
+@pytest.mark.parametrize("rows", ["float32", "float16", "bfloat16", "int8"])
+def test_a_coarser_format_gives_what_it_gives_in_process(served, rows):
+    found = served.link(rows=rows)
+    over = spoken(Dialogue(talk(noise=0.02), found, Chunking(4)))
+    found.close()
+    assert over == spoken(Dialogue(talk(noise=0.02), InProcess(engine(), rows), Chunking(4)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -81,6 +82,7 @@ class Job:
     deliver: Callable[[Answer], None]
     done: int = 0
     cache: DynamicCache | None = None  # that it is run with, from the making of a batch on
+    place: int = 0  # in the order of arrival
 
     @property
     def rows(self) -> int:
@@ -147,7 +149,7 @@ class CloudEngine:
     def __init__(self, model: Layers, limits: Limits | None = None) -> None:
         self.model, self.limits = model, Limits() if limits is None else limits
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()  # idle longest first
-        self._position_bytes = 0
+        self._position_bytes, self._places = 0, count()
 
     @property
     def conversations(self) -> int:
@@ -177,7 +179,7 @@ class CloudEngine:
         self._held.move_to_end(key)
         if sequence > held.newest:
             held.newest = sequence
-            held.jobs.append(Job(key, sequence, upload, deliver))
+            held.jobs.append(Job(key, sequence, upload, deliver, place=next(self._places)))
             return
         for job in held.jobs:
             if job.sequence == sequence:
@@ -199,7 +201,7 @@ class CloudEngine:
 
         Between this and :meth:`finish`, no other batch may be made.
         """
-        waiting = []
+        waiting: list[Job] = []
         for held in list(self._held.values()):
             while held.jobs and not held.jobs[0].done and not _builds_on(held.jobs[0].upload, held.cache):
                 job = held.jobs[0]
@@ -207,6 +209,7 @@ class CloudEngine:
             for job in held.jobs[:1]:
                 job.cache = held.cache
                 waiting.append(job)
+        waiting.sort(key=lambda job: job.place)
         return self._with_room(next_batch(waiting, self.limits.batch_tokens))
 
     def _with_room(self, batch: list[tuple[Job, int]]) -> list[tuple[Job, int]]:

@@ -180,7 +180,7 @@ class CloudServer:
                     key = (peer, message.upload.conversation[:16])
                     while self.engine.waiting(key) >= self.in_flight:
                         await self._finished.wait()
-                    deliver = partial(self._deliver, key[1], rows, outbox)
+                    deliver = partial(self._deliver, key[1], rows, outbox, time.monotonic())
                     try:
                         upload = read_upload(message.upload, rows, self.width, self.upload_rows, self.longest)
                     except ValueError as error:
@@ -199,12 +199,13 @@ class CloudServer:
         conversation: bytes,
         rows: RowFormat,
         outbox: asyncio.Queue[hat_pb2.FromCloud | None],
+        received: float,
         answer: Answer,
     ) -> None:
         named: dict[str, Any] = {"conversation": conversation, "sequence": answer.sequence}
         if answer.deep is not None:
             try:
-                deep = hat_pb2.Deep(**named, rows=rows.encode(answer.deep), state=self._state())
+                deep = hat_pb2.Deep(**named, rows=rows.encode(answer.deep), state=self._state(), received=received)
                 outbox.put_nowait(hat_pb2.FromCloud(deep=deep))
                 return
             except OverflowError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ class Conversation:
     @torch.no_grad()
     def begin(self, deep: Tensor) -> list[int]:
         """The first token, from what the cloud gave for the prompt's last one, shape ``[1, width]``."""
-        logits = self.parts.output(deep)
+        logits = self._said(deep)
         return self._commit([self.choice(logits[0], self.request, len(self.text), self.text)])
 
     # A round
@@ -244,7 +245,7 @@ class Conversation:
         if len(deep) != len(self._rows):
             raise ValueError(f"{len(deep)} rows came back for {len(self._rows)}.")
         chain = DraftTree.chain(self._draft)
-        verified = verify(chain, self.parts.output(deep), self.choice, self.request, self.text)
+        verified = verify(chain, self._said(deep), self.choice, self.request, self.text)
         self.rounds += 1
         self.drafted += len(self._draft)
         self.accepted += verified.accepted
@@ -252,6 +253,11 @@ class Conversation:
         whole = verified.accepted == len(self._draft)
         new = self._commit(list(verified.tokens), adopt=whole)
         return new
+
+    def _said(self, deep: Tensor) -> Tensor:
+        """The target's logits, of rows as they came over the link."""
+        weight = next(self.parts.output.parameters())
+        return cast(Tensor, self.parts.output(deep.to(weight)))
 
     def _commit(self, tokens: list[int], adopt: bool = False) -> list[int]:
         new, self.done = committed(tokens, self.left, self.stops)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,18 +30,22 @@ class Chunking:
             larger.
         smallest, largest: bounds of the solution.
         stages: of the cloud's pipeline.
-        ahead: chunks that are sent before the first of them is answered.
+        first: tokens of a chunk while the uplink has not been measured.
+        ahead: chunks that are sent before the first of them is answered; by default one more than there are stages, so
+            that each has one.
     """
 
     tokens: int | None = None
     smallest: int = 8
     largest: int = 512
     stages: int = 1
-    ahead: int = 2
+    first: int = 32
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.tokens is not None and self.tokens < 1) or not 1 <= self.smallest <= self.largest or self.ahead < 1:
-            raise ValueError(f"{self}: tokens, smallest and ahead are at least 1, and smallest is at most largest.")
+        counts = (self.tokens, self.smallest, self.stages, self.first, self.ahead)
+        if any(count is not None and count < 1 for count in counts) or self.smallest > self.largest:
+            raise ValueError(f"{self}: all numbers are at least 1, and smallest is at most largest.")
 
 
 @dataclass
@@ -120,20 +124,20 @@ class Dialogue:
             self.link.end(self.name)
 
     def _prompt(self) -> Tensor:
-        conversation, chunking = self.conversation, self.chunking
+        conversation, ahead = self.conversation, self.chunking.ahead or self.chunking.stages + 1
         while (left := conversation.prompt_length - conversation.held) > 0:
-            if self._sequence - self._answered >= chunking.ahead:
-                self._answer(self._sequence - chunking.ahead + 1)
+            if self._sequence - self._answered >= ahead:
+                self._answer(self._sequence - ahead + 1)
             self._send(conversation.chunk(self._tokens(left)))
         conversation.read_prompt()
         return self._answer()
 
     def _tokens(self, left: int) -> int:
-        rule, seconds = self.chunking, self.link.row_seconds()
+        rule, seconds, left = self.chunking, self.link.row_seconds(), min(left, self.link.most_rows)
         if rule.tokens is not None:
             return min(rule.tokens, left)
         if not seconds:
-            return min(rule.largest, left)
+            return min(rule.first if seconds is None else rule.largest, left)
         batch = self.link.batch_tokens()
         return chunk_size(left, seconds, self.link.cloud_seconds, batch, rule.stages, rule.smallest, rule.largest)
 
@@ -177,10 +181,10 @@ class Dialogue:
         assert self._last is not None
         last, self.recovered = self._last, self.recovered + 1
         self._from = self._sequence + 1
-        rows = self.chunking.tokens or self.chunking.largest
+        rows = min(self.chunking.tokens or self.chunking.largest, self.link.most_rows)
         for upload in self.conversation.resent(min(held, last.start), last.start, rows):
             self._send(upload)
-        self._send(last)
+        self._send(replace(last, kept=()))  # what the cloud has now is the text itself, and no tree
 
     def _reopen(self) -> None:
         for attempt in range(1, self.retries + 1):

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from edgebolt.common.decoding import BatchDelay, MovingAverage
+from edgebolt.common.decoding import BatchDelay, Link, MovingAverage
 from edgebolt.hat.cloud_engine import Answer
 from edgebolt.hat.link import LinkLostError
 from edgebolt.hat.row_format import FORMATS
@@ -36,6 +36,8 @@ class GrpcLink:
         keys: certificates; without them only a loopback address is taken.
         timeout: seconds without an answer after which the link counts as lost.
         backoff: seconds before the link is opened anew, twice as many each time, at most 10.
+        shape: holds messages back as a link of so many bytes a second would; its latency is not applied. For
+            experiments on one machine.
 
     Raises:
         ValueError: for an address on another machine without keys, or an unknown format.
@@ -52,6 +54,7 @@ class GrpcLink:
         keys: DeviceKeys | None = None,
         timeout: float = 30.0,
         backoff: float = 0.2,
+        shape: Link | None = None,
     ) -> None:
         host = address.rpartition(":")[0]
         if not host or not address.rpartition(":")[2].isdigit():
@@ -64,7 +67,7 @@ class GrpcLink:
         if rows not in FORMATS:
             raise ValueError(f"rows={rows!r}: use one of {sorted(FORMATS)}.")
         self.address, self.width, self.fingerprint, self.format = address, width, fingerprint, FORMATS[rows]
-        self.keys, self.timeout, self.backoff = keys, timeout, backoff
+        self.keys, self.timeout, self.backoff, self.shape = keys, timeout, backoff, shape
         self.sent, self.received = 0, 0
         self._up = MovingAverage()  # bytes a second
         self._delay: BatchDelay | None = None
@@ -88,7 +91,9 @@ class GrpcLink:
         self._outgoing.put(
             hat_pb2.FromDevice(hello=hat_pb2.Hello(protocol=PROTOCOL, model=self.fingerprint, rows=self.format.name))
         )
-        self._stream = call(iter(self._outgoing.get, None))
+        self._sizes: dict[tuple[bytes, int], int] = {}  # of uploads that were sent right behind another
+        self._open_uploads, self._came = 0, 0.0
+        self._stream = call(self._messages(self._outgoing))
         self._reader = threading.Thread(target=self._read, args=(self._stream, self._incoming), daemon=True)
         self._reader.start()
         welcome = self._next().welcome
@@ -96,10 +101,17 @@ class GrpcLink:
         self._hear(welcome.state)
         self._lost = 0
 
-    @staticmethod
-    def _read(stream: Iterator[hat_pb2.FromCloud], incoming: queue.SimpleQueue[Any]) -> None:
+    def _messages(self, outgoing: queue.SimpleQueue[hat_pb2.FromDevice | None]) -> Iterator[hat_pb2.FromDevice]:
+        for message in iter(outgoing.get, None):
+            if self.shape is not None:
+                time.sleep(message.ByteSize() / self.shape.up)
+            yield message
+
+    def _read(self, stream: Iterator[hat_pb2.FromCloud], incoming: queue.SimpleQueue[Any]) -> None:
         try:
             for message in stream:
+                if self.shape is not None:
+                    time.sleep(message.ByteSize() / self.shape.down)
                 incoming.put(message)
             incoming.put(LinkLostError("The cloud has closed the stream."))
         except grpc.RpcError as error:
@@ -125,6 +137,9 @@ class GrpcLink:
         """Queue an upload."""
         message = written_upload(conversation, sequence, upload, self.format)
         self.sent += message.ByteSize()
+        if self._open_uploads:
+            self._sizes[conversation, sequence] = message.ByteSize()
+        self._open_uploads += 1
         self._outgoing.put(hat_pb2.FromDevice(upload=message))
 
     def end(self, conversation: bytes) -> None:
@@ -141,8 +156,10 @@ class GrpcLink:
             message = self._next()
             self.received += message.ByteSize()
             kind = message.WhichOneof("kind")
+            self._open_uploads = max(self._open_uploads - 1, 0)
             if kind == "deep" and message.deep.conversation == conversation:
                 self._hear(message.deep.state)
+                self._measure(message.deep)
                 data = message.deep.rows
                 try:
                     rows = self.format.decode(data, len(data) // self.format.row_bytes(self.width), self.width)
@@ -173,10 +190,17 @@ class GrpcLink:
         if len(state.delays) >= 2 and min(state.delays) > 0:
             self._delay = BatchDelay(list(state.delays))
 
-    def row_seconds(self) -> float:
-        """``A / β``; 0 while the uplink has not been measured."""
-        speed = self._up(0.0)
-        return self.format.row_bytes(self.width) / speed if speed else 0.0
+    def _measure(self, deep: hat_pb2.Deep) -> None:
+        """The uplink's speed, from when uploads that were sent one right behind the other came to the cloud."""
+        size = self._sizes.pop((deep.conversation, deep.sequence), 0)
+        took = deep.received - self._came
+        if size >= 4096 and self._came and took > 0:  # smaller ones tell more about the latency
+            self._up.update(size / took)
+        self._came = deep.received
+
+    def row_seconds(self) -> float | None:
+        """``A / β``; None while the uplink has not been measured."""
+        return None if self._up.value is None else self.format.row_bytes(self.width) / self._up.value
 
     def cloud_seconds(self, tokens: float) -> float:
         """``g`` as the cloud has last said."""

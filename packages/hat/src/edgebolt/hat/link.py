@@ -17,7 +17,13 @@ class LinkLostError(ConnectionError):
 
 
 class CloudLink(Protocol):
-    """One device's link. Answers come in any order and may be missing; every upload may be sent again."""
+    """One device's link. Answers come in any order and may be missing; every upload may be sent again.
+
+    Attributes:
+        most_rows: of an upload, which the cloud takes.
+    """
+
+    most_rows: int
 
     def send(self, conversation: bytes, sequence: int, upload: Upload) -> None:
         """Send an upload, or queue it.
@@ -46,8 +52,8 @@ class CloudLink(Protocol):
     def end(self, conversation: bytes) -> None:
         """Say that a conversation is over."""
 
-    def row_seconds(self) -> float:
-        """``A / β``: seconds that a row is on the uplink, as measured so far; 0 while nothing is known."""
+    def row_seconds(self) -> float | None:
+        """``A / β``: seconds that a row is on the uplink, as measured so far; None while nothing is known."""
 
     def cloud_seconds(self, tokens: float) -> float:
         """``g``: seconds that the cloud takes for a batch of so many tokens, as it says."""
@@ -67,6 +73,7 @@ class InProcess:
 
     def __init__(self, engine: CloudEngine, rows: str | None = None, steps: int = 4) -> None:
         self.engine, self.format, self.steps = engine, None if rows is None else FORMATS[rows], steps
+        self.most_rows = 1 << 30
         self._answers: dict[bytes, deque[Answer]] = {}
         self._polled = 0
 
@@ -102,8 +109,8 @@ class InProcess:
         self.engine.end(conversation)
         self._answers.pop(conversation, None)
 
-    def row_seconds(self) -> float:
-        """Nothing is measured."""
+    def row_seconds(self) -> float | None:
+        """There is nothing on the way."""
         return 0.0
 
     def cloud_seconds(self, tokens: float) -> float:

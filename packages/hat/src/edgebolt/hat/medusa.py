@@ -116,7 +116,7 @@ class MedusaConversation(Conversation):
     @torch.no_grad()
     def begin(self, deep: Tensor) -> list[int]:
         """The first token, and what the heads guess behind it."""
-        self._seen = deep[-1]
+        self._seen = deep[-1].to(next(self.heads.parameters()))
         return super().begin(deep)
 
     @torch.no_grad()
@@ -152,7 +152,8 @@ class MedusaConversation(Conversation):
         """Follow the model's choices down the tree."""
         if len(deep) != len(self._rows):
             raise ValueError(f"{len(deep)} rows came back for {len(self._rows)}.")
-        verified = verify(self._guess, self.parts.output(deep), self.choice, self.request, self.text)
+        deep = deep.to(next(self.heads.parameters()))
+        verified = verify(self._guess, self._said(deep), self.choice, self.request, self.text)
         self.rounds += 1
         self.drafted += len(self._guess)
         self.accepted += verified.accepted

@@ -37,6 +37,7 @@ class InputModel(nn.Module):
         ``positions`` and ``mask`` are those of :class:`edgebolt.common.decoding.Segment`.
         """
         count, cached = len(tokens), cache_length(cache)
+        tokens = tokens.to(next(self.parameters()).device)
         if positions is None:
             positions = torch.arange(cached, cached + count)
         rows = self.embedding(tokens, positions.to(tokens.device))

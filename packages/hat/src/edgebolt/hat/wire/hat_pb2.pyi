@@ -69,16 +69,18 @@ class Upload(_message.Message):
     def __init__(self, conversation: _Optional[bytes] = ..., sequence: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., reply: _Optional[int] = ..., rows: _Optional[bytes] = ..., kept: _Optional[_Iterable[int]] = ..., tree: bool = ..., parents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Deep(_message.Message):
-    __slots__ = ("conversation", "sequence", "rows", "state")
+    __slots__ = ("conversation", "sequence", "rows", "state", "received")
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     conversation: bytes
     sequence: int
     rows: bytes
     state: State
-    def __init__(self, conversation: _Optional[bytes] = ..., sequence: _Optional[int] = ..., rows: _Optional[bytes] = ..., state: _Optional[_Union[State, _Mapping]] = ...) -> None: ...
+    received: float
+    def __init__(self, conversation: _Optional[bytes] = ..., sequence: _Optional[int] = ..., rows: _Optional[bytes] = ..., state: _Optional[_Union[State, _Mapping]] = ..., received: _Optional[float] = ...) -> None: ...
 
 class Missing(_message.Message):
     __slots__ = ("conversation", "sequence", "held")
