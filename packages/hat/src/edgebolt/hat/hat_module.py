@@ -37,7 +37,8 @@ class HatModule(L.LightningModule):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from edgebolt.hat import GenerationMetrics
         >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-        >>> module = HatModule(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=20)), new_tokens=4, device_layers=1)
+        >>> config = LlamaConfig(**sizes, vocab_size=20, eos_token_id=None)  # a random model ends its texts at random
+        >>> module = HatModule(LlamaForCausalLM(config), new_tokens=4, device_layers=1)
         >>> quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
         >>> metrics = GenerationMetrics(table=False)
         >>> trainer = L.Trainer(callbacks=[metrics], **quiet)
