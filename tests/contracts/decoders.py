@@ -197,6 +197,7 @@ DECODERS = {
     **{
         f"hat-threshold{threshold}-branches{branches}-chunk{chunk}": hat(0.1, Drafting(threshold, 6, branches), chunk)
         for threshold, branches, chunk in itertools.product((0, 0.6, 1.01), (0, 3), (1, 7, 160))
+        if chunk == 7 or threshold == 0.6
     },
     "hat-good-draft": hat(0.01, Drafting(0.0, 6, 3)),
     "hat-bad-draft": hat(1.0, Drafting(0.0, 6, 3)),

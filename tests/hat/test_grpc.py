@@ -737,13 +737,13 @@ def test_the_uplink_is_measured_and_chunks_follow():
             sent.append(len(upload.rows))
             send(conversation, sequence, upload)
 
-        found.send = noted
+        found.send, found.cloud_seconds = noted, lambda tokens: 1e-3  # the machine that tests may be slow
         dialogue = Dialogue(talk(140, 2), found, Chunking(first=32))
         assert found.row_seconds() is None
         assert spoken(dialogue) == autoregressive(prompt(140), 2)
-        assert 1.2e-3 < found.row_seconds() < 6e-3  # sleeps are never shorter than asked for
-        # the third goes when the first is answered; only the second tells of the link, and the cloud is faster
-        assert sent[:3] == [32] * 3 and max(sent[3:]) < 32
+        assert found.row_seconds() > 1.2e-3  # sleeps are never shorter than asked for
+        # The third goes when the first is answered, and only the second tells of the link; then the smallest will do.
+        assert sent == [32] * 3 + [8] * 5 + [4, 1]
         found.close()
 
 
