@@ -1,4 +1,4 @@
-"""HAT in 60 lines: a small GPT-2 learns torch's docstrings, Λ learns from it, and its texts stay the whole model's."""
+"""HAT in 70 lines: a small GPT-2 learns torch's docstrings, Λ learns from it, and its texts stay the whole model's."""
 
 import argparse
 import inspect

@@ -2,16 +2,19 @@
 
 import asyncio
 import copy
+import queue
 import socket
 import threading
 import time
 from functools import cache
 
+import grpc
 import torch
 from torch import nn
 
 from edgebolt.common.decoding import LayerStack, Segment, TokenChoice, cache_length, new_cache
 from edgebolt.hat import (
+    FORMATS,
     CloudEngine,
     CloudModel,
     CloudServer,
@@ -24,6 +27,7 @@ from edgebolt.hat import (
     fingerprint,
     split,
 )
+from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2, written_upload
 
 VOCABULARY, WIDTH, LONGEST = 40, 32, 160
 CHOICE = TokenChoice(temperature=1.0, seed=3)  # the greedy texts of such models repeat one token
@@ -217,3 +221,54 @@ def until(true, seconds=30.0) -> None:
     while not true():
         assert time.monotonic() < end, "it has not come about"
         time.sleep(0.005)
+
+
+def talk(length=9, new_tokens=16, noise=0.03):
+    return conversation(length, new_tokens, Middle(noise), ALWAYS)
+
+
+def spoken(dialogue):
+    for _ in dialogue:
+        pass
+    return dialogue.conversation.text
+
+
+ROWS = FORMATS["float64"]
+
+
+class Stub:
+    """A device written by hand: sends what it is told and hears what comes."""
+
+    def __init__(self, served, hello=None, channel=None) -> None:
+        self.channel = grpc.insecure_channel(served.address) if channel is None else channel
+        call = self.channel.stream_stream(f"/{SERVICE}/Converse", bytes, hat_pb2.FromCloud.FromString)
+        self.outgoing = queue.SimpleQueue()
+        self.stream = call(iter(self.outgoing.get, None), timeout=15)
+        if hello is None:
+            hello = hat_pb2.Hello(protocol=PROTOCOL, model=served.options["fingerprint"], rows="float64")
+        self.send(hello=hello)
+
+    def send(self, **message):
+        self.outgoing.put(hat_pb2.FromDevice(**message).SerializeToString())
+
+    def upload(self, name, sequence, start, rows, reply):
+        message = written_upload(name, sequence, Upload(start, rows, reply), ROWS)
+        self.send(upload=message)
+        return message
+
+    def hear(self):
+        message = next(self.stream)
+        return getattr(message, message.WhichOneof("kind"))
+
+    def close(self):
+        self.outgoing.put(None)
+        self.stream.cancel()
+        self.channel.close()
+
+
+def rows(count, seed=0):
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def deep(message):
+    return ROWS.decode(message.rows, len(message.rows) // ROWS.row_bytes(WIDTH), WIDTH)

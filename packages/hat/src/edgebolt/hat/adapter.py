@@ -61,7 +61,7 @@ class _Attention(nn.Module):
 
 
 class HatAdapter(nn.Module):
-    """Λ (HAT, section 3): one block of self-attention, without a feed-forward part, between a model's two ends.
+    """Λ (HAT, through a digest): one block of self-attention, without a feed-forward part, between a model's two ends.
 
     ``4 · width²`` weights, where the model has as many key and value heads as query heads: the 67 M (Vicuna-7B) and
     105 M (13B) that the paper counts. That it is pre-norm, has a residual connection and the model's own rotary

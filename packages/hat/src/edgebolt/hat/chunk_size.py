@@ -18,9 +18,9 @@ def chunk_size(
 ) -> int:
     """The chunk whose upload takes as long as the cloud needs until it can take the next one.
 
-    ``X · A / β = (g(μ) + g(X)) / P`` (the page's B2): a chunk that has come in waits for the batch in the first of
+    ``X · A / β = (g(μ) + g(X)) / P``: a chunk that has come in waits for the batch in the first of
     ``P`` stages, then passes that stage itself, and meanwhile the next one is on the link. Smaller chunks would queue,
-    larger ones leave the cloud idle. HAT says this in words; the formula, and both bounds, are ours.
+    larger ones leave the cloud idle. A digest of HAT says this in words; the formula, and both bounds, are ours.
 
     Args:
         left: tokens of the prompt that are not sent yet.

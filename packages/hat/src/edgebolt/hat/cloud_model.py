@@ -14,7 +14,16 @@ from edgebolt.hat.upload import Upload
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-__all__ = ["CloudModel"]
+__all__ = ["CloudModel", "cut_back"]
+
+
+def cut_back(cache: DynamicCache, upload: Upload) -> None:
+    """Leave of a cache what an upload builds on."""
+    if upload.kept:
+        before = torch.arange(upload.start - len(upload.kept))
+        keep(cache, torch.cat([before, torch.tensor(upload.kept)]))
+    else:
+        crop(cache, upload.start)
 
 
 class CloudModel:
@@ -47,11 +56,7 @@ class CloudModel:
                 raise ValueError(f"Rows from position {upload.start} on, and {cache_length(cache)} are held.")
         segments = []
         for cache, upload in work:
-            if upload.kept:
-                before = torch.arange(upload.start - len(upload.kept))
-                keep(cache, torch.cat([before, torch.tensor(upload.kept)]))
-            else:
-                crop(cache, upload.start)
+            cut_back(cache, upload)
             positions = mask = None
             if upload.parents is not None:
                 tree = DraftTree((0,) * len(upload.parents), upload.parents)

@@ -131,7 +131,7 @@ class CloudServer:
             return
         if (problem := self._problem(first)) is not None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
-        # Conversations belong to the certificate that they were begun with.
+        # Conversations belong to the name in the certificate that they were begun with.
         peer = tuple(context.peer_identities() or ())
         outbox: asyncio.Queue[hat_pb2.FromCloud | None] = asyncio.Queue()
         outbox.put_nowait(hat_pb2.FromCloud(welcome=hat_pb2.Welcome(most_rows=self.upload_rows, state=self._state())))

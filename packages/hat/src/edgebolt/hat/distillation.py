@@ -49,7 +49,7 @@ def accept_length(agrees: Tensor, confident: Tensor, longest: int) -> Tensor:
 class HatDistillation(L.LightningModule):
     """Trains a :class:`HatAdapter` against the whole model, in any Trainer.
 
-    ``SmoothL1(Λ(h_in), h_deep) + ce_weight · CE(softmax(head(h_deep)), softmax(head(Λ(h_in))))`` (HAT, section 3),
+    ``SmoothL1(Λ(h_in), h_deep) + ce_weight · CE(softmax(head(h_deep)), softmax(head(Λ(h_in))))`` (HAT, a digest),
     with ``h_in`` from the device's layers and ``h_deep`` from the last layer, over whole texts at once: the device's
     layers are exact when it drafts, so that nothing that Λ gets differs from training but after a wrong token. Soft
     targets, means over tokens and widths, AdamW and its numbers are ours.

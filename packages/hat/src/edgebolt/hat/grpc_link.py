@@ -22,7 +22,7 @@ __all__ = ["DeviceRefusedError", "GrpcLink"]
 
 
 class DeviceRefusedError(ConnectionError):
-    """The cloud does not talk to this device: another model, protocol or certificate. Trying again does not help."""
+    """The cloud does not talk to this device: another model or protocol. Trying again does not help."""
 
 
 class GrpcLink:

@@ -66,7 +66,7 @@ class SplitModel:
 
 
 def split(model: nn.Module, device_layers: int = 2) -> SplitModel:
-    """Cut a decoder in three (HAT, section 3: embedding and first layers, middle layers, head).
+    """Cut a decoder in three (HAT, through a digest: embedding and first layers, middle layers, head).
 
     Run one after the other, in any chunks, the parts give what the model gives in the same chunks, bit for bit.
 

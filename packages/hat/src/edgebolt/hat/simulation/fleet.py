@@ -45,7 +45,7 @@ METHODS = {
     "HAT: drafts, chunks": Method("chain", True, False, 512),
     "HAT": Method("chain", True, True, 512),
 }
-"""Name -> method. The page names the three baselines and the ablation; U-Sarathi's budget is its own default."""
+"""Name -> method. HAT names the three baselines and the ablation; U-Sarathi's budget is its own default."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgebolt.common.decoding import crop, keep
 from edgebolt.common.random import stream
+from edgebolt.hat.cloud_model import cut_back
 from edgebolt.hat.upload import Upload
 
 if TYPE_CHECKING:
@@ -188,10 +188,7 @@ class CountingModel:
     def run(self, work: Sequence[tuple[DynamicCache, Upload]]) -> list[Tensor]:
         """As :meth:`edgebolt.hat.CloudModel.run`, with rows of width 1."""
         for cache, upload in work:
-            if upload.kept:
-                keep(cache, torch.tensor([*range(upload.start - len(upload.kept)), *upload.kept]))
-            else:
-                crop(cache, upload.start)
+            cut_back(cache, upload)
             row = torch.empty(1, 1, len(upload.rows), 1)
             cache.update(row, row, 0)
         return [upload.rows[len(upload.rows) - upload.reply :] for _, upload in work]
