@@ -16,6 +16,8 @@ from edgebolt.comp.least_squares import Sublayer
 from edgebolt.comp.selection import removal_order
 from edgebolt.comp.sweep import Seconds, survey_layers
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = Comp(prune_attention=True, largest_rate=0.8, step=0.05, variance_bound=10.0, ridge=0.05)
 
 

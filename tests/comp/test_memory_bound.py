@@ -12,6 +12,8 @@ from edgebolt.comp.evaluation import measured_memory
 from edgebolt.comp.least_squares import MaskProblem, Sublayer
 from edgebolt.comp.selection import SCORING_RIDGE, removal_order
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 100}
 M_MMAP_THRESHOLD = -3
 

@@ -19,6 +19,8 @@ from edgebolt.comp.rivals.magnitude import magnitude_scores
 from edgebolt.comp.rivals.short_gpt import block_influence
 from edgebolt.comp.rivals.wanda_sp import wanda_scores
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, INNER, WORDS, HEADS, GROUPS, HEAD = 4, 32, 64, 97, 8, 4, 4
 NEURON, GROUP = 3 * WIDTH, WIDTH * HEAD * (2 * 2 + 2)
 ALL = {**{name: kind() for name, kind in RIVALS.items()}, "llm-pruner": LlmPruner(first=1, last=1)}

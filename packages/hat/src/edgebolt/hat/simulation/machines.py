@@ -52,14 +52,17 @@ class CloudTiming:
     """Seconds of a batch in a pipeline of equal stages.
 
     Args:
-        stages: ``P``; a batch enters the first one as soon as the batch before has left it.
+        stages: ``P``.
         stage_base: seconds of a stage, whatever the batch.
         stage_token: more, for each token.
+        overlapped: whether a batch enters the first stage as soon as the one before has left it; else it waits until
+            that has left the last one, as with a scheduler that reads each batch's outcome before it plans the next.
     """
 
     stages: int
     stage_base: float
     stage_token: float
+    overlapped: bool = True
 
     def stage(self, tokens: float) -> float:
         """Seconds of a batch of ``tokens`` in one stage."""
@@ -133,7 +136,7 @@ class SimulatedCloud:
             self.delay.update(tokens, left - self.environment.now)
             self.tokens.update(tokens)
             self.engine.finish(batch, self.engine.run(batch))  # answers are given now, and leave when they are ready
-            yield self.environment.timeout(self._free[0] - self.environment.now)
+            yield self.environment.timeout(self._free[0 if self.timing.overlapped else -1] - self.environment.now)
 
 
 @dataclass
@@ -281,7 +284,9 @@ class SimulatedText:
     def _chunk(self, left: int) -> int:
         row = self.device.row_bytes / self.device.up(self.device.link.up)
         delay, batch = self.cloud.delay, self.cloud.tokens(1.0)
-        return chunk_size(left, row, delay, batch, self.cloud.timing.stages, self.smallest, self.largest)
+        timing = self.cloud.timing
+        stages = timing.stages if timing.overlapped else 1  # a chunk waits for as much of the pipeline as is not free
+        return chunk_size(left, row, delay, batch, stages, self.smallest, self.largest)
 
     def _send(self, upload: Upload, uploaded: simpy.Event | None = None) -> simpy.Event:
         """Send, and say when the answer is there."""
