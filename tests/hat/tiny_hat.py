@@ -19,6 +19,7 @@ from edgebolt.hat import (
     CloudModel,
     CloudServer,
     Conversation,
+    Dialogue,
     Drafting,
     GrpcLink,
     InProcess,
@@ -70,19 +71,19 @@ def prompt(length: int) -> list[int]:
 
 
 @cache
-def _text(before: tuple[int, ...], new_tokens: int, model: nn.Module) -> tuple[int, ...]:
+def _text(before: tuple[int, ...], new_tokens: int, model: nn.Module, choice: TokenChoice) -> tuple[int, ...]:
     text, cached, following = list(before), new_cache(), torch.tensor([list(before)])
     for _ in range(new_tokens):
         with torch.no_grad():
             logits = model(following, past_key_values=cached, use_cache=True).logits[0, -1]
-        text.append(CHOICE(logits, 0, len(text), text))
+        text.append(choice(logits, 0, len(text), text))
         following = torch.tensor([text[-1:]])
     return tuple(text)
 
 
-def autoregressive(before, new_tokens: int, model: nn.Module | None = None) -> list[int]:
+def autoregressive(before, new_tokens: int, model: nn.Module | None = None, choice=CHOICE) -> list[int]:
     """The text token by token, by transformers' own model and cache; nothing stops it."""
-    return list(_text(tuple(before), new_tokens, llama() if model is None else model))
+    return list(_text(tuple(before), new_tokens, llama() if model is None else model, choice))
 
 
 class Middle(nn.Module):
@@ -165,6 +166,19 @@ class Faulty(InProcess):
     def reopen(self) -> None:
         self.opened += 1
         self._answers.clear()
+
+
+class Gated(CloudModel):
+    """Runs nothing before it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(parts().middle)
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def run(self, work):
+        self.begun.set()
+        assert self.gate.wait(20)
+        return super().run(work)
 
 
 class Served:
@@ -272,3 +286,12 @@ def rows(count, seed=0):
 
 def deep(message):
     return ROWS.decode(message.rows, len(message.rows) // ROWS.row_bytes(WIDTH), WIDTH)
+
+
+def goes_on(served):
+    """The server serves others."""
+    found = served.link()
+    try:
+        assert spoken(Dialogue(talk(3, 4), found)) == autoregressive(prompt(3), 4)
+    finally:
+        found.close()

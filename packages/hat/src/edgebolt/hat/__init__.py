@@ -18,6 +18,7 @@ from edgebolt.hat.link import CloudLink, InProcess, LinkLostError
 from edgebolt.hat.medusa import MEDUSA_TREE, MedusaConversation, MedusaHeads
 from edgebolt.hat.row_format import FORMATS, RowFormat
 from edgebolt.hat.split_model import InputModel, SplitModel, split
+from edgebolt.hat.timeline import Span, draw_timeline
 from edgebolt.hat.tls import DeviceKeys, ServerKeys
 from edgebolt.hat.upload import Upload
 
@@ -51,12 +52,14 @@ __all__ = [
     "MedusaHeads",
     "RowFormat",
     "ServerKeys",
+    "Span",
     "SplitModel",
     "Timings",
     "Upload",
     "UploadRefusedError",
     "accept_length",
     "chunk_size",
+    "draw_timeline",
     "fingerprint",
     "next_batch",
     "split",

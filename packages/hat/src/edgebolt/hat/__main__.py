@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     cloud.add_argument("--port", type=int, default=50051)
     cloud.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     cloud.add_argument("--threads", type=int, help="of torch")
-    cloud.add_argument("--batch-tokens", type=int, default=512, help="rows of a batch")
+    cloud.add_argument("--batch-tokens", type=int, default=512, help="rows of a batch; 0: no limit")
     cloud.add_argument("--cache-gib", type=float, default=4.0, help="of all conversations' keys and values")
     chat = commands.add_parser("chat", parents=[both], help="talk to the model")
     chat.add_argument("--cloud", required=True, help="host:port")
@@ -83,7 +83,7 @@ async def serve(args: argparse.Namespace) -> None:
     name, longest, width = fingerprint(parts), parts.longest, parts.width
     middle = parts.middle.to(args.device)
     del model, parts  # the device's layers and the head are not needed here
-    engine = CloudEngine(CloudModel(middle), Limits(args.batch_tokens, int(args.cache_gib * 2**30)))
+    engine = CloudEngine(CloudModel(middle), Limits(args.batch_tokens or None, int(args.cache_gib * 2**30)))
     server = CloudServer(engine, width, name, longest)
     port = await server.start(args.host, args.port, certificates)
     stop = asyncio.Event()

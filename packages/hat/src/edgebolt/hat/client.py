@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import nn
 
-from edgebolt.common.decoding import TokenChoice
+from edgebolt.common.decoding import Link, TokenChoice
 from edgebolt.hat.adapter import HatAdapter
 from edgebolt.hat.cloud_engine import CloudEngine
 from edgebolt.hat.cloud_model import CloudModel
@@ -18,6 +18,7 @@ from edgebolt.hat.dialogue import Chunking, Dialogue, Timings
 from edgebolt.hat.fingerprint import fingerprint
 from edgebolt.hat.grpc_link import GrpcLink
 from edgebolt.hat.link import CloudLink, InProcess
+from edgebolt.hat.medusa import MedusaConversation, MedusaHeads
 from edgebolt.hat.row_format import FORMATS
 from edgebolt.hat.split_model import SplitModel, split
 from edgebolt.hat.tls import DeviceKeys
@@ -31,7 +32,7 @@ class Generation:
 
     Args:
         tokens: the new ones.
-        timings: when they came.
+        timings: when they came, and what took how long (:func:`edgebolt.hat.draw_timeline`).
         rounds: verifications by the cloud; the first token needs none.
         drafted: tokens drafted on the device.
         accepted: of those, tokens that the whole model would have chosen itself.
@@ -70,9 +71,12 @@ class HatClient:
         chunking: of prompts.
         timeout: seconds without an answer after which the link counts as lost.
         retries: how often in a row a lost link is opened anew.
+        shape: holds messages back as a link of so many bytes a second would, for experiments on one machine
+            (:class:`GrpcLink`).
+        heads: Medusa's, which draft in place of Λ: the baseline U-Medusa. ``drafting`` is not used then.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: for arguments out of range, both Λ and heads, or a shape without a link.
         LinkLostError: if the cloud cannot be reached.
         DeviceRefusedError: if it has another model or protocol.
 
@@ -99,9 +103,16 @@ class HatClient:
         chunking: Chunking | None = None,
         timeout: float = 30.0,
         retries: int = 5,
+        shape: Link | None = None,
+        heads: MedusaHeads | None = None,
     ) -> None:
+        if adapter is not None and heads is not None:
+            raise ValueError("adapter and heads: a text is drafted by one of them, give the other as None.")
+        if address is None and shape is not None:
+            raise ValueError(f"address=None, shape={shape}: there is no link to shape, give a cloud's address.")
         self.parts = model if isinstance(model, SplitModel) else split(model, device_layers)
         self.adapter, self.drafting, self.chunking, self.retries = adapter, drafting, chunking, retries
+        self.heads = heads
         dtype = str(next(self.parts.input.parameters()).dtype).removeprefix("torch.")
         rows = dtype if rows is None else rows
         if rows not in FORMATS:
@@ -111,7 +122,8 @@ class HatClient:
             passed = None if rows == dtype else rows
             self.link = InProcess(CloudEngine(CloudModel(self.parts.middle)), passed)
         else:
-            self.link = GrpcLink(address, self.parts.width, fingerprint(self.parts), rows, keys, timeout)
+            name = fingerprint(self.parts)
+            self.link = GrpcLink(address, self.parts.width, name, rows, keys, timeout, shape=shape)
         self._dialogue: Dialogue | None = None
         self._bytes = (0, 0)
 
@@ -132,8 +144,10 @@ class HatClient:
             request: number of the text among those with the same seed.
             stops: tokens that end the text; by default the model's.
         """
-        conversation = Conversation(
-            self.parts, self.adapter, prompt, new_tokens, choice, self.drafting, request, stops
+        conversation = (
+            Conversation(self.parts, self.adapter, prompt, new_tokens, choice, self.drafting, request, stops)
+            if self.heads is None
+            else MedusaConversation(self.parts, self.heads, prompt, new_tokens, choice, request=request, stops=stops)
         )
         self._dialogue, self._bytes = Dialogue(conversation, self.link, self.chunking, self.retries), self._traffic()
         yield from self._dialogue

@@ -73,13 +73,13 @@ class Job:
         key: of the conversation.
         sequence: of the upload in it.
         upload: what is to be run.
-        deliver: called once with the answer.
+        deliver: each called once with the answer.
     """
 
     key: Hashable
     sequence: int
     upload: Upload
-    deliver: Callable[[Answer], None]
+    deliver: list[Callable[[Answer], None]]
     done: int = 0
     cache: DynamicCache | None = None  # that it is run with, from the making of a batch on
     place: int = 0  # in the order of arrival
@@ -115,6 +115,7 @@ class _Held:
     jobs: list[Job] = field(default_factory=list)
     newest: int = 0  # sequence of the newest upload that was taken on
     answer: Answer | None = None  # the last one that was given
+    quiet: bool = False  # nothing has been answered since the last sweep
 
 
 class Layers(Protocol):
@@ -164,6 +165,9 @@ class CloudEngine:
     def take(self, key: Hashable, sequence: int, upload: Upload, deliver: Callable[[Answer], None]) -> None:
         """Take an upload on.
 
+        One that comes again while it waits is answered as often, four times at most: on which of several streams the
+        device still listens is not known here, and what is read last need not be what was sent last.
+
         Args:
             key: of the conversation; one that is not held begins.
             sequence: of the upload, growing in the conversation.
@@ -179,11 +183,11 @@ class CloudEngine:
         self._held.move_to_end(key)
         if sequence > held.newest:
             held.newest = sequence
-            held.jobs.append(Job(key, sequence, upload, deliver, place=next(self._places)))
+            held.jobs.append(Job(key, sequence, upload, [deliver], place=next(self._places)))
             return
         for job in held.jobs:
             if job.sequence == sequence:
-                job.deliver = deliver  # it came again, over a new stream
+                job.deliver = [*job.deliver[-3:], deliver]
                 return
         if held.answer is not None and held.answer.sequence == sequence:
             deliver(held.answer)
@@ -192,9 +196,26 @@ class CloudEngine:
         """Uploads of a conversation that wait for an answer."""
         return len(self._held[key].jobs) if key in self._held else 0
 
+    def waiting_rows(self, key: Hashable) -> list[int]:
+        """Rows of each upload of a conversation that waits for an answer."""
+        return [len(job.upload.rows) for job in self._held[key].jobs] if key in self._held else []
+
     def end(self, key: Hashable) -> None:
         """Let a conversation go."""
         self._held.pop(key, None)
+
+    def sweep(self) -> int:
+        """Let the conversations go that were idle from the last call on, of which there may be no device any more.
+
+        Returns:
+            How many. A device that does come back uploads its text anew.
+        """
+        idle = [key for key, held in self._held.items() if held.quiet and not held.jobs]
+        for key in idle:
+            self.end(key)
+        for held in self._held.values():
+            held.quiet = True
+        return len(idle)
 
     def batch(self) -> list[tuple[Job, int]]:
         """The next batch and how many rows of each job it has; empty if nothing can be run.
@@ -280,8 +301,9 @@ class CloudEngine:
 
     def _answer(self, held: _Held, job: Job, answer: Answer) -> None:
         held.jobs.remove(job)
-        held.answer = answer
-        job.deliver(answer)
+        held.answer, held.quiet = answer, False
+        for deliver in job.deliver:
+            deliver(answer)
 
 
 def _builds_on(upload: Upload, cache: DynamicCache) -> bool:

@@ -7,11 +7,11 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from edgebolt.common.decoding import BatchDelay, MovingAverage
@@ -23,6 +23,38 @@ from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2, read_upload
 __all__ = ["CloudServer"]
 
 logger = logging.getLogger(__name__)
+
+LEAST_BYTES = 32 << 10  # that an upload or an answer counts as where bytes are bounded, for their number is to be too
+
+
+class _Device:
+    """A device's stream: what waits of it, to be run or to be read.
+
+    Args:
+        peer: names in its certificate; conversations belong to those that they were begun with.
+        rows: format of its rows.
+    """
+
+    def __init__(self, peer: tuple[bytes, ...], rows: RowFormat) -> None:
+        self.peer, self.rows = peer, rows
+        self.outbox: asyncio.Queue[hat_pb2.FromCloud | None] = asyncio.Queue()
+        self.unread = 0  # bytes of what is in the outbox, and of what is just being written
+        self.keys: set[tuple[tuple[bytes, ...], bytes]] = set()  # of conversations whose uploads may wait
+
+    def put(self, **message: Any) -> None:
+        """Queue a message to the device."""
+        self.outbox.put_nowait(found := hat_pb2.FromCloud(**message))
+        self.unread += max(found.ByteSize(), LEAST_BYTES)
+
+    def written(self, message: hat_pb2.FromCloud) -> None:
+        """It has been taken over by the connection."""
+        self.unread -= max(message.ByteSize(), LEAST_BYTES)
+
+    def waiting(self, engine: CloudEngine, width: int) -> int:
+        """Bytes of uploads that wait, and of answers that have not been read."""
+        self.keys = {key for key in self.keys if engine.waiting(key)}
+        uploads = [rows * self.rows.row_bytes(width) for key in self.keys for rows in engine.waiting_rows(key)]
+        return self.unread + sum(max(size, LEAST_BYTES) for size in uploads)
 
 
 class CloudServer:
@@ -36,6 +68,9 @@ class CloudServer:
         upload_rows: of one upload at most.
         in_flight: uploads of one conversation that wait at most; more are not read, so that the device waits.
         delay: ``g`` to begin with; it is measured from then on.
+        waiting_bytes: of uploads and unread answers of one device; above, its messages are not read.
+        idle: seconds after which conversations of which nothing is heard are let go, at the latest after twice as
+            many: their devices have vanished, and those that have not upload their texts anew.
     """
 
     def __init__(
@@ -47,16 +82,21 @@ class CloudServer:
         upload_rows: int = 4096,
         in_flight: int = 8,
         delay: BatchDelay | None = None,
+        waiting_bytes: int = 64 << 20,
+        idle: float = 600.0,
     ) -> None:
         self.engine, self.width, self.fingerprint, self.longest = engine, width, fingerprint, longest
         self.upload_rows, self.in_flight = min(upload_rows, longest), in_flight
         self.delay = BatchDelay([0.01] * 13) if delay is None else delay
+        self.waiting_bytes, self.idle = waiting_bytes, idle
         self.batch_tokens, self.batches = MovingAverage(), 0
         self._wake, self._finished, self._stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._stopping = False
+        self._stopping, self._closing = False, False
+        self._streams: dict[asyncio.Task[Any], asyncio.Task[None]] = {}  # what answers a device: what reads from it
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="middle")
         self._server: grpc.aio.Server | None = None
         self._batches: asyncio.Task[None] | None = None
+        self._sweeps: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
 
     async def start(self, host: str = "127.0.0.1", port: int = 50051, keys: ServerKeys | None = None) -> int:
@@ -102,17 +142,27 @@ class CloudServer:
         await self._server.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self._batches = asyncio.create_task(self._run())
+        self._batches, self._sweeps = asyncio.create_task(self._run()), asyncio.create_task(self._sweep())
         return port
 
     async def stop(self, grace: float = 5.0) -> None:
-        """Report that no more is served, answer for ``grace`` seconds what has come in, and close."""
+        """Report that no more is served, answer what has come in, and close.
+
+        Args:
+            grace: seconds for that, of which streams that have nothing to be answered take none.
+        """
         await self._health.enter_graceful_shutdown()
+        self._closing = True
         if self._server is not None:
-            await self._server.stop(grace)
+            for reading in self._streams.values():
+                reading.cancel()
+            if self._streams:
+                await asyncio.wait(list(self._streams), timeout=grace)
+            await self._server.stop(min(grace, 0.2))  # whoever watches the health service is to hear of it
         self._stopping = True
         self._wake.set()
-        if self._batches is not None:
+        if self._batches is not None and self._sweeps is not None:
+            self._sweeps.cancel()
             await self._batches
         self._worker.shutdown()
         self._stopped.set()
@@ -126,24 +176,39 @@ class CloudServer:
     async def _converse(
         self, messages: AsyncIterator[hat_pb2.FromDevice], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
+        try:
+            await self._answer(messages, context)
+        except DecodeError:  # which gRPC would log with a traceback each time
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The device has sent bytes that are no message.")
+
+    async def _answer(
+        self, messages: AsyncIterator[hat_pb2.FromDevice], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         first = await anext(aiter(messages), None)
         if first is None:
             return
         if (problem := self._problem(first)) is not None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
-        # Conversations belong to the name in the certificate that they were begun with.
-        peer = tuple(context.peer_identities() or ())
-        outbox: asyncio.Queue[hat_pb2.FromCloud | None] = asyncio.Queue()
-        outbox.put_nowait(hat_pb2.FromCloud(welcome=hat_pb2.Welcome(most_rows=self.upload_rows, state=self._state())))
-        reader = asyncio.create_task(self._read(messages, peer, FORMATS[first.hello.rows], outbox))
+        if self._closing:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "The cloud is stopping.")
+        device = _Device(tuple(context.peer_identities() or ()), FORMATS[first.hello.rows])
+        device.put(welcome=hat_pb2.Welcome(most_rows=self.upload_rows, state=self._state()))
+        reading = asyncio.create_task(self._read(messages, device))
+        ending = asyncio.create_task(self._end(reading, device))
+        if (mine := asyncio.current_task()) is not None:
+            self._streams[mine] = reading
+            mine.add_done_callback(self._streams.pop)  # not before gRPC has told the device that the stream has ended
         try:
-            while (message := await outbox.get()) is not None:
+            while (message := await device.outbox.get()) is not None:
                 await context.write(message)
-            await reader  # and raise what has ended it, such as bytes that are no message
+                device.written(message)
+                self._announce()
+            if not reading.cancelled():
+                await reading  # and raise what has ended it, such as bytes that are no message
         finally:
-            reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await reader
+            reading.cancel()
+            ending.cancel()
+            await asyncio.gather(reading, ending, return_exceptions=True)
 
     def _problem(self, message: hat_pb2.FromDevice) -> str | None:
         """Why a stream cannot begin with ``message``."""
@@ -161,59 +226,56 @@ class CloudServer:
             )
         return None
 
-    async def _read(
-        self,
-        messages: AsyncIterator[hat_pb2.FromDevice],
-        peer: tuple[bytes, ...],
-        rows: RowFormat,
-        outbox: asyncio.Queue[hat_pb2.FromCloud | None],
-    ) -> None:
-        """Take messages on; when the device has sent its last one and all is answered, end the stream."""
-        keys: set[tuple[tuple[bytes, ...], bytes]] = set()
-        try:
-            async for message in messages:
-                kind = message.WhichOneof("kind")
-                if kind == "end":
-                    self.engine.end((peer, message.end.conversation))
-                    keys.discard((peer, message.end.conversation))
-                elif kind == "upload":
-                    key = (peer, message.upload.conversation[:16])
-                    while self.engine.waiting(key) >= self.in_flight:
-                        await self._finished.wait()
-                    deliver = partial(self._deliver, key[1], rows, outbox, time.monotonic())
-                    try:
-                        upload = read_upload(message.upload, rows, self.width, self.upload_rows, self.longest)
-                    except ValueError as error:
-                        deliver(Answer(message.upload.sequence, refused=str(error)))
-                        continue
-                    self.engine.take(key, message.upload.sequence, upload, deliver)
-                    keys.add(key)
-                    self._wake.set()
-            while any(self.engine.waiting(key) for key in keys):
+    async def _read(self, messages: AsyncIterator[hat_pb2.FromDevice], device: _Device) -> None:
+        """Take messages on, until the device has sent its last one or the cloud is stopped."""
+        async for message in messages:
+            received, kind = time.monotonic(), message.WhichOneof("kind")
+            while device.waiting(self.engine, self.width) >= self.waiting_bytes:
                 await self._finished.wait()
-        finally:
-            outbox.put_nowait(None)
+            if kind == "end":
+                self.engine.end((device.peer, message.end.conversation))
+            elif kind == "upload":
+                await self._take(message.upload, device, received)
 
-    def _deliver(
-        self,
-        conversation: bytes,
-        rows: RowFormat,
-        outbox: asyncio.Queue[hat_pb2.FromCloud | None],
-        received: float,
-        answer: Answer,
-    ) -> None:
+    async def _take(self, message: hat_pb2.Upload, device: _Device, received: float) -> None:
+        key = (device.peer, message.conversation[:16])
+        while self.engine.waiting(key) >= self.in_flight:
+            await self._finished.wait()
+        deliver = partial(self._deliver, key[1], device, received)
+        try:
+            upload = read_upload(message, device.rows, self.width, self.upload_rows, self.longest)
+        except ValueError as error:
+            deliver(Answer(message.sequence, refused=str(error)))
+            return
+        self.engine.take(key, message.sequence, upload, deliver)
+        device.keys.add(key)
+        self._wake.set()
+
+    async def _end(self, reading: asyncio.Task[None], device: _Device) -> None:
+        """End a stream when no more is read from it and all is answered."""
+        await asyncio.wait([reading])
+        while any(self.engine.waiting(key) for key in device.keys):
+            await self._finished.wait()
+        device.outbox.put_nowait(None)
+
+    def _deliver(self, conversation: bytes, device: _Device, received: float, answer: Answer) -> None:
         named: dict[str, Any] = {"conversation": conversation, "sequence": answer.sequence}
         if answer.deep is not None:
             try:
-                deep = hat_pb2.Deep(**named, rows=rows.encode(answer.deep), state=self._state(), received=received)
-                outbox.put_nowait(hat_pb2.FromCloud(deep=deep))
+                rows = device.rows.encode(answer.deep)
+                device.put(deep=hat_pb2.Deep(**named, rows=rows, state=self._state(), received=received))
                 return
             except OverflowError as error:
                 answer = Answer(answer.sequence, refused=str(error))
         if answer.held is not None:
-            outbox.put_nowait(hat_pb2.FromCloud(missing=hat_pb2.Missing(**named, held=answer.held)))
+            device.put(missing=hat_pb2.Missing(**named, held=answer.held))
         else:
-            outbox.put_nowait(hat_pb2.FromCloud(refused=hat_pb2.Refused(**named, reason=answer.refused or "")))
+            device.put(refused=hat_pb2.Refused(**named, reason=answer.refused or ""))
+
+    def _announce(self) -> None:
+        """Let those go on who wait for answers that are given, or written."""
+        self._finished.set()
+        self._finished = asyncio.Event()
 
     def _state(self) -> hat_pb2.State:
         return hat_pb2.State(tokens=self.batch_tokens(1.0), delays=self.delay.seconds)
@@ -224,8 +286,7 @@ class CloudServer:
         loop = asyncio.get_running_loop()
         while not self._stopping:
             batch = self.engine.batch()
-            self._finished.set()  # whatever was answered: by the last batch, by its failure, or just now
-            self._finished = asyncio.Event()
+            self._announce()  # whatever was answered: by the last batch, by its failure, or just now
             if not batch:
                 self._wake.clear()
                 await self._wake.wait()
@@ -242,3 +303,9 @@ class CloudServer:
             self.batch_tokens.update(tokens)
             self.batches += 1
             self.engine.finish(batch, results)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.idle)
+            if swept := self.engine.sweep():
+                logger.info("%d conversations were idle for %g seconds and are let go", swept, self.idle)

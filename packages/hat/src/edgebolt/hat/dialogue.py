@@ -12,6 +12,7 @@ from torch import Tensor
 from edgebolt.hat.chunk_size import chunk_size
 from edgebolt.hat.conversation import Conversation
 from edgebolt.hat.link import CloudLink, LinkLostError
+from edgebolt.hat.timeline import Span
 from edgebolt.hat.upload import Upload
 
 __all__ = ["Chunking", "Dialogue", "Timings", "UploadRefusedError"]
@@ -54,9 +55,11 @@ class Timings:
 
     Args:
         tokens: seconds of each token, those of one round at once.
+        spans: what took how long, in the order in which it ended (:func:`edgebolt.hat.draw_timeline`).
     """
 
     tokens: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     @property
     def first(self) -> float:
@@ -98,6 +101,8 @@ class Dialogue:
         self.timings, self.recovered = Timings(), 0
         self._sequence, self._answered, self._from = 0, 0, 1
         self._last: Upload | None = None
+        self._start = 0.0
+        self._away: dict[int, tuple[str, float, int]] = {}  # uploads without an answer: work, when, rows
 
     def __iter__(self) -> Iterator[list[int]]:
         """The text's new tokens, round by round.
@@ -106,31 +111,60 @@ class Dialogue:
             LinkLostError: if the link stays lost.
             UploadRefusedError: if the cloud refuses an upload.
         """
-        start = self.clock()
+        conversation, self._start = self.conversation, self.clock()
         try:
-            new = self.conversation.begin(self._prompt())
+            deep = self._prompt()
+            begun = self._now()
+            new = conversation.begin(deep)
             while True:
-                self.timings.tokens += [self.clock() - start] * len(new)
+                self._note("verify", begun, len(new))
+                self.timings.tokens += [self.timings.spans[-1].end] * len(new)
                 yield new
-                if self.conversation.done:
+                if conversation.done:
                     return
-                while self.conversation.drafts:
-                    self.conversation.draft()
-                self._send(self.conversation.upload())
-                while not self.link.arrived() and self.conversation.look_ahead():
-                    pass
-                new = self.conversation.receive(self._answer())
+                self._send(self._draft())
+                self._look_ahead()
+                deep = self._answer()
+                begun = self._now()
+                new = conversation.receive(deep)
         finally:
             self.link.end(self.name)
+
+    def _now(self) -> float:
+        return self.clock() - self._start
+
+    def _note(self, work: str, begun: float, tokens: int) -> None:
+        self.timings.spans.append(Span("device", work, begun, self._now(), tokens))
 
     def _prompt(self) -> Tensor:
         conversation, ahead = self.conversation, self.chunking.ahead or self.chunking.stages + 1
         while (left := conversation.prompt_length - conversation.held) > 0:
             if self._sequence - self._answered >= ahead:
                 self._answer(self._sequence - ahead + 1)
-            self._send(conversation.chunk(self._tokens(left)))
+            tokens, begun = self._tokens(left), self._now()
+            chunk = conversation.chunk(tokens)
+            self._note("prompt", begun, len(chunk.rows))
+            self._send(chunk)
+        begun = self._now()
         conversation.read_prompt()
+        if conversation.adapter is not None:
+            self._note("adapter", begun, conversation.prompt_length)
         return self._answer()
+
+    def _draft(self) -> Upload:
+        begun = self._now()
+        while self.conversation.drafts:
+            self.conversation.draft()
+        upload = self.conversation.upload()
+        self._note("draft", begun, len(upload.rows))
+        return upload
+
+    def _look_ahead(self) -> None:
+        begun, steps = self._now(), 0
+        while not self.link.arrived(self.name) and self.conversation.look_ahead():
+            steps += 1
+        if steps:
+            self._note("ahead", begun, steps)
 
     def _tokens(self, left: int) -> int:
         rule, seconds, left = self.chunking, self.link.row_seconds(), min(left, self.link.most_rows)
@@ -144,6 +178,8 @@ class Dialogue:
     def _send(self, upload: Upload) -> None:
         self._sequence += 1
         self._last = upload
+        work = "prompt" if upload.start < self.conversation.prompt_length else "draft"
+        self._away[self._sequence] = (work, self._now(), len(upload.rows))
         try:
             self.link.send(self.name, self._sequence, upload)
         except LinkLostError:
@@ -163,6 +199,9 @@ class Dialogue:
                 self._reopen()
                 continue
             attempts = 0
+            if answer.sequence in self._away:
+                work, sent, rows = self._away.pop(answer.sequence)
+                self.timings.spans.append(Span("away", work, sent, self._now(), rows))
             if answer.sequence < self._from:
                 continue  # to what was sent before the cloud was given anew what it had lost
             if answer.refused is not None:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from time import monotonic
 
 import grpc
 
-from edgebolt.common.decoding import BatchDelay, Link, MovingAverage
+from edgebolt.common.decoding import BatchDelay, Link
 from edgebolt.hat.cloud_engine import Answer
-from edgebolt.hat.link import LinkLostError
+from edgebolt.hat.link import DeviceRefusedError, LinkLostError
 from edgebolt.hat.row_format import FORMATS
+from edgebolt.hat.stream import GREETING, Stream
 from edgebolt.hat.tls import DeviceKeys, is_loopback
+from edgebolt.hat.uplink import Uplink
 from edgebolt.hat.upload import Upload
-from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2, written_upload
+from edgebolt.hat.wire import PROTOCOL, hat_pb2, written_upload
 
 __all__ = ["DeviceRefusedError", "GrpcLink"]
 
 
-class DeviceRefusedError(ConnectionError):
-    """The cloud does not talk to this device: another model or protocol. Trying again does not help."""
-
-
 class GrpcLink:
-    """One stream to the cloud.
+    """One stream to the cloud, for any number of conversations at a time, each in one thread.
+
+    A stream that is lost is lost for all of them. The first one that opens it anew does so for all: the others find it
+    open, or failed in the same way, and send again what was not answered.
 
     Args:
         address: ``host:port``.
@@ -34,7 +34,8 @@ class GrpcLink:
         fingerprint: of the model, which the cloud must have too.
         rows: format of rows, a key of ``FORMATS``.
         keys: certificates; without them only a loopback address is taken.
-        timeout: seconds without an answer after which the link counts as lost.
+        timeout: seconds without an answer after which the link counts as lost, for one conversation if others are
+            answered meanwhile.
         backoff: seconds before the link is opened anew, twice as many each time, at most 10.
         shape: holds messages back as a link of so many bytes a second would; its latency is not applied. For
             experiments on one machine.
@@ -42,7 +43,7 @@ class GrpcLink:
     Raises:
         ValueError: for an address on another machine without keys, or an unknown format.
         LinkLostError: if the cloud cannot be reached.
-        DeviceRefusedError: if it has another model or protocol.
+        DeviceRefusedError: if it has another model or protocol, or a certificate that is not to be taken.
     """
 
     def __init__(
@@ -69,10 +70,14 @@ class GrpcLink:
         self.address, self.width, self.fingerprint, self.format = address, width, fingerprint, FORMATS[rows]
         self.keys, self.timeout, self.backoff, self.shape = keys, timeout, backoff, shape
         self.sent, self.received = 0, 0
-        self._up = MovingAverage()  # bytes a second
+        self._uplink = Uplink()
         self._delay: BatchDelay | None = None
         self._batch = 1.0
-        self._lost = 0
+        self._counting = threading.Lock()  # what is sent, counted and measured, and the order in which it is
+        self._opening = threading.Lock()
+        self._tried, self._failed, self._closed = 0, 0, False
+        self._streams: dict[bytes, Stream] = {}  # that each conversation has last sent on
+        self._over: deque[bytes] = deque(maxlen=64)  # conversations whose end may have been lost with a stream
         self._open()
 
     # Opening and closing
@@ -80,127 +85,103 @@ class GrpcLink:
     def _open(self) -> None:
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         if self.keys is None:
-            self._channel = grpc.insecure_channel(self.address, options)
+            channel = grpc.insecure_channel(self.address, options)
         else:
-            self._channel = grpc.secure_channel(self.address, self.keys.credentials(), options)
-        call: Any = self._channel.stream_stream(
-            f"/{SERVICE}/Converse", hat_pb2.FromDevice.SerializeToString, hat_pb2.FromCloud.FromString
-        )
-        self._outgoing: queue.SimpleQueue[hat_pb2.FromDevice | None] = queue.SimpleQueue()
-        self._incoming: queue.SimpleQueue[hat_pb2.FromCloud | grpc.RpcError] = queue.SimpleQueue()
-        self._outgoing.put(
-            hat_pb2.FromDevice(hello=hat_pb2.Hello(protocol=PROTOCOL, model=self.fingerprint, rows=self.format.name))
-        )
-        self._sizes: dict[tuple[bytes, int], int] = {}  # of uploads that were sent right behind another
-        self._open_uploads, self._came = 0, 0.0
-        self._stream = call(self._messages(self._outgoing))
-        self._reader = threading.Thread(target=self._read, args=(self._stream, self._incoming), daemon=True)
-        self._reader.start()
-        welcome = self._next().welcome
-        self.most_rows = int(welcome.most_rows)
-        self._hear(welcome.state)
-        self._lost = 0
-
-    def _messages(self, outgoing: queue.SimpleQueue[hat_pb2.FromDevice | None]) -> Iterator[hat_pb2.FromDevice]:
-        for message in iter(outgoing.get, None):
-            if self.shape is not None:
-                time.sleep(message.ByteSize() / self.shape.up)
-            yield message
-
-    def _read(self, stream: Iterator[hat_pb2.FromCloud], incoming: queue.SimpleQueue[Any]) -> None:
+            channel = grpc.secure_channel(self.address, self.keys.credentials(), options)
+        hello = hat_pb2.Hello(protocol=PROTOCOL, model=self.fingerprint, rows=self.format.name)
+        with self._counting:
+            self._uplink.restart()
+            self._stream = Stream(self.address, channel, hello, self.shape, self._hear)
+            for conversation in self._over:
+                self._stream.send(hat_pb2.FromDevice(end=hat_pb2.End(conversation=conversation)))
         try:
-            for message in stream:
-                if self.shape is not None:
-                    time.sleep(message.ByteSize() / self.shape.down)
-                incoming.put(message)
-            incoming.put(LinkLostError("The cloud has closed the stream."))
-        except grpc.RpcError as error:
-            incoming.put(error)
+            welcome = self._stream.next(GREETING, self.timeout).welcome
+        except ConnectionError:
+            self._stream.close()
+            raise
+        self.most_rows = int(welcome.most_rows)
+        self._take(welcome.state)
+        if self._closed:  # by another thread, meanwhile
+            self._stream.close()
 
     def close(self) -> None:
         """Close the stream and the channel, once what was sent has come to the cloud, or after a second."""
-        self._outgoing.put(None)
-        self._reader.join(1.0)  # the cloud ends the stream when it has read the last message
-        self._stream.cancel()
-        self._channel.close()
+        self._closed = True
+        self._stream.close(linger=1.0)
 
     def reopen(self) -> None:
-        """Open the stream anew, after a pause."""
-        self.close()
-        time.sleep(min(self.backoff * 2**self._lost, 10.0))
-        self._lost += 1
-        self._open()
+        """Open the stream anew, after a pause; if another conversation has done so, that will do."""
+        tried = self._tried
+        with self._opening:
+            if self._tried == tried and self._stream.lost is not None and not self._closed:
+                self._stream.close()
+                time.sleep(min(self.backoff * 2**self._failed, 10.0))
+                self._tried += 1
+                self._failed += 1
+                self._open()
+                self._failed = 0
+            self._stream.check()
 
     # Messages
 
     def send(self, conversation: bytes, sequence: int, upload: Upload) -> None:
         """Queue an upload."""
         message = written_upload(conversation, sequence, upload, self.format)
-        self.sent += message.ByteSize()
-        if self._open_uploads:
-            self._sizes[conversation, sequence] = message.ByteSize()
-        self._open_uploads += 1
-        self._outgoing.put(hat_pb2.FromDevice(upload=message))
+        with self._counting:
+            stream = self._streams[conversation] = self._stream
+            stream.expect(conversation)
+            self.sent += message.ByteSize()
+            self._uplink.sent(conversation, sequence, message.ByteSize(), monotonic())
+            stream.send(hat_pb2.FromDevice(upload=message))
 
     def end(self, conversation: bytes) -> None:
         """Say that a conversation is over."""
-        self._outgoing.put(hat_pb2.FromDevice(end=hat_pb2.End(conversation=conversation)))
+        with self._counting:
+            self._streams.pop(conversation, self._stream).forget(conversation)
+            self._uplink.forget(conversation)
+            self._over.append(conversation)
+            self._stream.send(hat_pb2.FromDevice(end=hat_pb2.End(conversation=conversation)))
 
-    def arrived(self) -> bool:
-        """Whether an answer has come."""
-        return not self._incoming.empty()
+    def arrived(self, conversation: bytes) -> bool:
+        """Whether an answer to one of the conversation's uploads has come, or the link is lost."""
+        return self._streams.get(conversation, self._stream).ready(conversation)
 
     def receive(self, conversation: bytes) -> Answer:
         """Wait for an answer to one of the conversation's uploads."""
-        while True:
-            message = self._next()
-            self.received += message.ByteSize()
-            kind = message.WhichOneof("kind")
-            self._open_uploads = max(self._open_uploads - 1, 0)
-            if kind == "deep" and message.deep.conversation == conversation:
-                self._hear(message.deep.state)
-                self._measure(message.deep)
-                data = message.deep.rows
-                try:
-                    rows = self.format.decode(data, len(data) // self.format.row_bytes(self.width), self.width)
-                except ValueError as error:
-                    raise LinkLostError(f"The cloud has sent rows that cannot be read: {error}") from error
-                return Answer(int(message.deep.sequence), rows)
-            if kind == "missing" and message.missing.conversation == conversation:
-                return Answer(int(message.missing.sequence), held=int(message.missing.held))
-            if kind == "refused" and message.refused.conversation == conversation:
-                return Answer(int(message.refused.sequence), refused=message.refused.reason)
-
-    def _next(self) -> hat_pb2.FromCloud:
+        # From the stream that they were sent on: on another one they would be waited for in vain.
+        message = self._streams.get(conversation, self._stream).next(conversation, self.timeout)
+        kind = message.WhichOneof("kind")
+        if kind == "missing":
+            return Answer(int(message.missing.sequence), held=int(message.missing.held))
+        if kind == "refused":
+            return Answer(int(message.refused.sequence), refused=message.refused.reason)
+        data = message.deep.rows
         try:
-            found = self._incoming.get(timeout=self.timeout)
-        except queue.Empty:
-            raise LinkLostError(f"{self.address} has not answered for {self.timeout} seconds.") from None
-        if isinstance(found, hat_pb2.FromCloud):
-            return found
-        if isinstance(found, grpc.Call) and found.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            raise DeviceRefusedError(found.details() or "The cloud refuses this device.")
-        reason = found.details() if isinstance(found, grpc.Call) else found
-        raise LinkLostError(f"The link to {self.address} is lost: {reason}")
+            rows = self.format.decode(data, len(data) // self.format.row_bytes(self.width), self.width)
+        except ValueError as error:
+            raise LinkLostError(f"The cloud has sent rows that cannot be read: {error}") from error
+        return Answer(int(message.deep.sequence), rows)
 
     # What is known of link and cloud
 
-    def _hear(self, state: hat_pb2.State) -> None:
+    def _hear(self, message: hat_pb2.FromCloud) -> None:
+        kind = str(message.WhichOneof("kind"))
+        answer = getattr(message, kind)
+        with self._counting:
+            self.received += message.ByteSize()
+            self._uplink.came(answer.conversation, answer.sequence, answer.received if kind == "deep" else None)
+        if kind == "deep":
+            self._take(answer.state)
+
+    def _take(self, state: hat_pb2.State) -> None:
         self._batch = float(state.tokens)
         if len(state.delays) >= 2 and min(state.delays) > 0:
             self._delay = BatchDelay(list(state.delays))
 
-    def _measure(self, deep: hat_pb2.Deep) -> None:
-        """The uplink's speed, from when uploads that were sent one right behind the other came to the cloud."""
-        size = self._sizes.pop((deep.conversation, deep.sequence), 0)
-        took = deep.received - self._came
-        if size >= 4096 and self._came and took > 0:  # smaller ones tell more about the latency
-            self._up.update(size / took)
-        self._came = deep.received
-
     def row_seconds(self) -> float | None:
         """``A / β``; None while the uplink has not been measured."""
-        return None if self._up.value is None else self.format.row_bytes(self.width) / self._up.value
+        speed = self._uplink.speed or self._uplink.least
+        return None if speed is None else self.format.row_bytes(self.width) / speed
 
     def cloud_seconds(self, tokens: float) -> float:
         """``g`` as the cloud has last said."""

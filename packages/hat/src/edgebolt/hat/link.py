@@ -9,15 +9,24 @@ from edgebolt.hat.cloud_engine import Answer, CloudEngine
 from edgebolt.hat.row_format import FORMATS
 from edgebolt.hat.upload import Upload
 
-__all__ = ["CloudLink", "InProcess", "LinkLostError"]
+__all__ = ["CloudLink", "DeviceRefusedError", "InProcess", "LinkLostError"]
 
 
 class LinkLostError(ConnectionError):
     """The link has broken, or nothing has come for too long."""
 
 
+class DeviceRefusedError(ConnectionError):
+    """Cloud and device do not fit: another model or protocol, or a cloud whose certificate is not to be taken.
+
+    Trying again does not help.
+    """
+
+
 class CloudLink(Protocol):
-    """One device's link. Answers come in any order and may be missing; every upload may be sent again.
+    """One device's link, for any number of conversations.
+
+    Answers come in any order and may be missing; every upload may be sent again.
 
     Attributes:
         most_rows: of an upload, which the cloud takes.
@@ -33,17 +42,17 @@ class CloudLink(Protocol):
         """
 
     def receive(self, conversation: bytes) -> Answer:
-        """Wait for the next answer.
+        """Wait for the next answer to one of the conversation's uploads.
 
         Raises:
             LinkLostError: if the link has broken, or nothing has come for too long.
         """
 
-    def arrived(self) -> bool:
-        """Whether :meth:`receive` would return at once."""
+    def arrived(self, conversation: bytes) -> bool:
+        """Whether :meth:`receive` would return, or raise, at once."""
 
     def reopen(self) -> None:
-        """Open the link anew after it was lost.
+        """Open the link anew after it was lost; if another conversation has done so, that will do.
 
         Raises:
             LinkLostError: if that does not succeed.
@@ -75,11 +84,11 @@ class InProcess:
         self.engine, self.format, self.steps = engine, None if rows is None else FORMATS[rows], steps
         self.most_rows = 1 << 30
         self._answers: dict[bytes, deque[Answer]] = {}
-        self._polled = 0
+        self._polled: dict[bytes, int] = {}
 
     def send(self, conversation: bytes, sequence: int, upload: Upload) -> None:
         """Hand an upload to the engine."""
-        self._polled = 0
+        self._polled[conversation] = 0
         if self.format is not None:
             passed = self.format.passed(upload.rows)
             upload = Upload(upload.start, passed, upload.reply, upload.kept, upload.parents)
@@ -96,10 +105,10 @@ class InProcess:
             answer = Answer(answer.sequence, self.format.passed(answer.deep))
         return answer
 
-    def arrived(self) -> bool:
+    def arrived(self, conversation: bytes) -> bool:
         """No for ``steps`` times, then yes."""
-        self._polled += 1
-        return self._polled > self.steps
+        self._polled[conversation] = self._polled.get(conversation, 0) + 1
+        return self._polled[conversation] > self.steps
 
     def reopen(self) -> None:
         """Nothing to open."""
@@ -108,6 +117,7 @@ class InProcess:
         """Let the conversation's cache go."""
         self.engine.end(conversation)
         self._answers.pop(conversation, None)
+        self._polled.pop(conversation, None)
 
     def row_seconds(self) -> float | None:
         """There is nothing on the way."""

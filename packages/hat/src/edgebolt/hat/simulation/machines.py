@@ -173,8 +173,8 @@ class SimulatedDevice:
         """Whether the processor is at work."""
         return self.processor.count > 0
 
-    def upload(self, rows: int) -> Steps:
-        """Send rows up; the bytes hold the uplink, the latency does not."""
+    def upload(self, rows: int, sent: simpy.Event | None = None) -> Steps:
+        """Send rows up; the bytes hold the uplink, the latency does not: ``sent`` is when the uplink is free."""
         size = rows * self.row_bytes + self.message_bytes
         with self.uplink.request() as mine:
             yield mine
@@ -182,6 +182,8 @@ class SimulatedDevice:
             yield self.environment.timeout(size / self.link.up)
             if size >= 4096:  # smaller ones tell more about the latency than about the link
                 self.up.update(size / (self.environment.now - started))
+        if sent is not None:
+            sent.succeed()
         yield self.environment.timeout(self.link.latency)
 
     def download(self, rows: int) -> Steps:
@@ -297,9 +299,7 @@ class SimulatedText:
         return answered
 
     def _carry(self, sequence: int, upload: Upload, uploaded: simpy.Event | None, answered: simpy.Event) -> Steps:
-        yield from self.device.upload(len(upload.rows))
-        if uploaded is not None:
-            uploaded.succeed()
+        yield from self.device.upload(len(upload.rows), uploaded)
 
         def deliver(answer: Answer) -> None:
             self.environment.process(self._return(answer, self.cloud.ready - self.environment.now, answered))
