@@ -15,6 +15,7 @@ from torch import nn
 from edgebolt.common.decoding import LayerStack, Segment, TokenChoice, cache_length, new_cache
 from edgebolt.hat import (
     FORMATS,
+    Chunking,
     CloudEngine,
     CloudModel,
     CloudServer,
@@ -295,3 +296,27 @@ def goes_on(served):
         assert spoken(Dialogue(talk(3, 4), found)) == autoregressive(prompt(3), 4)
     finally:
         found.close()
+
+
+def alone(given):
+    """What the middle layers give for one text."""
+    with torch.no_grad():
+        return parts().middle(given, [Segment(new_cache(), len(given))])
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def texts(link, count, dialogues, new_tokens=20, **chunking):
+    """Dialogues whose rounds take turns."""
+    dialogues += [
+        Dialogue(conversation(9 + key, new_tokens, Middle(0.03), ALWAYS), link, Chunking(4, **chunking), retries=50)
+        for key in range(count)
+    ]
+    going = {id(dialogue): iter(dialogue) for dialogue in dialogues}
+    while going:
+        for key, each in list(going.items()):
+            if next(each, None) is None:
+                del going[key]
+            yield

@@ -47,7 +47,7 @@ def measured_delay(
     torch.set_default_dtype(dtype)  # weights that are made in float32 first would need twice the memory
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers)).eval()
+            model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
     finally:
         torch.set_default_dtype(before)
     stack = LayerStack.of(model, 0, layers)
