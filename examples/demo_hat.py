@@ -45,7 +45,7 @@ SEED = 0
 LINK = Link(up=0.5e6, down=1.0e6)  # bytes a second, without latency: a mobile link; a hidden state has 2304 bytes
 DEVICE_LAYERS = 2  # of 30
 THRESHOLD = 0.2  # a draft ends where the device is less sure; low, since so short a training leaves it unsure of most
-BATCH = 64  # prompts that are answered at once
+BATCH = 32  # prompts that are answered at once
 CACHED = "adapter.safetensors"
 
 
@@ -239,11 +239,11 @@ def report(found, whole, prompts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2", help="a folder, 'smollm2', or a name on the hub")
-    parser.add_argument("--prompts", type=int, default=220, help="that Λ is trained on")
+    parser.add_argument("--prompts", type=int, default=160, help="that Λ is trained on")
     parser.add_argument("--held-out", type=int, default=20, help="prompts that it is not trained on")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of an answer at most")
+    parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--passes", type=int, default=2, help="over the answers")
-    parser.add_argument("--compare", type=int, default=10, help="held-out prompts on which methods are compared")
+    parser.add_argument("--compare", type=int, default=6, help="held-out prompts on which methods are compared")
     parser.add_argument("--retrain", action="store_true", help="train Λ though there is one")
     parser.add_argument("--folder", type=Path, default=Path("demo/hat"), help="where the files go")
     args = parser.parse_args()

@@ -189,7 +189,10 @@ def main():
     L.seed_everything(0, verbose=False)
     if args.medusa:
         module = MedusaTraining(model, args.device_layers, args.rate)
-        batches, checks = ([group[at : at + 8 * args.batch] for at in range(0, len(group), 8 * args.batch)] for group in (train, held_out))
+        batches, checks = (
+            [group[at : at + 8 * args.batch] for at in range(0, len(group), 8 * args.batch)]
+            for group in (train, held_out)
+        )
     else:
         module = HatDistillation(
             model, args.device_layers, learning_rate=args.rate, ce_weight=args.ce_weight, normed=not args.raw,

@@ -38,26 +38,27 @@ def rows(found):
         "TBT, ms": f"{found.between.mean() * 1e3:.1f}",
         "first token within 0.5 s": f"{found.share_within(0.5):.0%}",
         "half have ten tokens after, ms": f"{median(found.tenth) * 1e3:.0f}",
+        "s that a text waited for its device": f"{found.waited.mean():.1f}",
         "tokens a round": f"{found.accept:.2f}",
         "ms of a batch in a stage": f"{found.stages.mean() * 1e3:.1f} ± {found.stages.std() * 1e3:.1f}",
         "MB up, MB down, a text": f"{found.up / texts / 1e6:.1f}, {found.down / texts / 1e6:.1f}",
     }
 
 
-def run(benchmark, setting, method, overlapped, rounds=None):
+def run(benchmark, setting, method, overlapped, name="", rounds=None):
     texts, warm_up = (24, 6) if benchmark.disabled else (300, 60)
     where, requests = SETTINGS[setting]
     where = replace(where, cloud=replace(where.cloud, overlapped=overlapped))
     arguments = (where, METHODS[method], texts, warm_up, 0, requests, rounds)
     found = benchmark.pedantic(simulate, arguments, rounds=1, iterations=1)
     if not benchmark.disabled:
-        ROWS.setdefault((setting, overlapped), {})[method if rounds is None else f"{method}, measured"] = found
+        ROWS.setdefault((setting, overlapped), {})[f"{method}, {name}" if name else method] = found
     assert len(found.first) == texts and (found.first > 0).all() and (found.between > 0).all()
     benchmark.extra_info.update(
         setting=setting,
         method=method,
         overlapped=overlapped,
-        rounds="the paper's mean" if rounds is None else "measured",
+        rounds=name,
         ttft=found.first.mean(),
         tbt=found.between.mean(),
         accept=found.accept,
@@ -83,4 +84,12 @@ def test_simulated(benchmark, setting, method, overlapped):
 @pytest.mark.benchmark(group="hat")
 @pytest.mark.parametrize("setting", ["7B at 6/s", "13B at 4/s"])
 def test_simulated_with_measured_rounds(benchmark, setting):
-    run(benchmark, setting, "HAT", True, MEASURED)
+    run(benchmark, setting, "HAT", True, "measured", MEASURED)
+
+
+@pytest.mark.benchmark(group="hat")
+@pytest.mark.parametrize("method", ["HAT: drafts, chunks", "HAT"], ids=["without", "ahead"])
+@pytest.mark.parametrize("setting", ["7B at 6/s", "13B at 4/s"])
+def test_simulated_with_drafts_that_are_as_often_right_as_measured(benchmark, setting, method):
+    rounds = DrawnRounds(SETTINGS[setting][0].accept, right=MEASURED.right, hit=MEASURED.hit)
+    run(benchmark, setting, method, True, "right as measured", rounds)

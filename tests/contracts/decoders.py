@@ -162,7 +162,9 @@ def simulated(prompt, new_tokens, choice, request) -> Decoded:
     for number, start in enumerate((prompt, [7, 8, 9])):
         drafting = Drafting(0.2, 6, 3)
         found = Conversation(parts, noisy(0.1), start, new_tokens, choice, drafting, request + 100 * number, {STOP})
-        device = SimulatedDevice(environment, DeviceTiming(0.009, 0.002, 0.007, 0.0002), Link(7e6, 12e6, 0.002), 256)
+        device = SimulatedDevice(
+            environment, DeviceTiming(0.009, 0.006, 0.002, 0.007, 0.0002), Link(7e6, 12e6, 0.002), 256
+        )
         SimulatedText(device, cloud, found)
         texts.append(found)
     environment.run()

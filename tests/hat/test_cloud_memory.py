@@ -91,6 +91,16 @@ def test_a_text_that_alone_is_too_large_is_refused_and_others_go_on():
     assert link.engine.conversations == 0
 
 
+def test_a_refusal_does_not_hold_up_those_that_wait():
+    cloud, answers = engine(Limits(cache_bytes=20 * POSITION_BYTES)), []
+    cloud.take("b", 1, Upload(0, rows(4), 1), lambda answer: None)
+    cloud.step()
+    cloud.take("a", 1, Upload(0, rows(30), 1), answers.append)
+    cloud.take("b", 2, Upload(4, rows(2), 1), answers.append)
+    assert cloud.step() or answers[1:]  # else who drives the engine waits for what it does not wait for
+    assert answers[0].refused is not None and (answers[1].deep is not None or answers[1].held == 0)
+
+
 def test_two_that_fit_alone_but_not_together_both_end():
     # both wait at once, and neither is idle: one is let go, none is refused
     cloud, answers = engine(Limits(cache_bytes=20 * POSITION_BYTES)), []

@@ -34,6 +34,8 @@ from edgebolt.hat import (
 )
 from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2, written_upload
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", bytes(1 << 20)], ids=["garbage", "oversize"])

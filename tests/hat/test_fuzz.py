@@ -12,6 +12,8 @@ from tiny_hat import Served, autoregressive, goes_on, prompt, talk, until
 from edgebolt.hat import Chunking, Dialogue, Limits
 from edgebolt.hat.wire import SERVICE, hat_pb2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("part", range(2))
 def test_streams_that_are_bent_and_broken_harm_nobody_else(part):

@@ -55,6 +55,8 @@ from edgebolt.hat import (
 )
 from edgebolt.hat.wire import SERVICE, hat_pb2, written_upload
 
+pytestmark = pytest.mark.slow
+
 SECONDS = float(os.environ.get("EDGEBOLT_LOAD_SECONDS", 5))
 CONVERSATIONS = int(os.environ.get("EDGEBOLT_LOAD_CONVERSATIONS", 16))
 HANG = 240.0  # seconds after which whatever has not ended never will

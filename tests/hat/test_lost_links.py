@@ -24,6 +24,8 @@ from edgebolt.hat import (
     LinkLostError,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def cut(link):
     """The network's doing: the channel is gone, and the device does not know yet."""

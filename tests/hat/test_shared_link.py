@@ -21,6 +21,8 @@ from tiny_hat import (
 from edgebolt.common.decoding import Link
 from edgebolt.hat import Chunking, CloudEngine, Dialogue, GrpcLink, LinkLostError, Upload
 
+pytestmark = pytest.mark.slow
+
 A, B = b"a" * 16, b"b" * 16
 
 

@@ -2,7 +2,8 @@ from functools import cache
 
 import pytest
 
-from edgebolt.hat.simulation import CNN_13B, METHODS, SPECBENCH_7B, DrawnRounds, simulate
+from edgebolt.hat import CloudEngine
+from edgebolt.hat.simulation import CNN_13B, METHODS, SPECBENCH_7B, DrawnRounds, TracedText, simulate
 
 TEXTS, SETTINGS = 24, {"7B": SPECBENCH_7B, "13B": CNN_13B}
 
@@ -44,6 +45,19 @@ def test_rows_that_travel_are_those_of_the_protocol():
     # of a draft every row goes up and comes down, and so does every node of a tree
     assert drafted.up - prompts == drafted.down - TEXTS * row
     assert (tree.up - prompts) % (11 * row) == 0
+
+
+@pytest.mark.parametrize("method", ["U-shape", "U-Medusa", "HAT"])
+def test_each_token_is_verified_once(method, monkeypatch):
+    texts, uploads = [], []
+    take, begin = CloudEngine.take, TracedText.__init__
+    monkeypatch.setattr(CloudEngine, "take", lambda self, *given: uploads.append(given[2]) or take(self, *given))
+    monkeypatch.setattr(TracedText, "__init__", lambda self, *given: texts.append(self) or begin(self, *given))
+    simulate(SPECBENCH_7B, METHODS[method], TEXTS, warm_up=0)
+    assert len(texts) == TEXTS and all(text.done for text in texts)
+    for text in texts:  # the first token is the prompt's; each round adds what was accepted and one of the target's
+        assert 1 + text.verified + text.accepted == text.new_tokens
+    assert sum(upload.reply > 0 for upload in uploads) == TEXTS + sum(text.verified for text in texts)
 
 
 def test_a_text_has_as_many_tokens_as_its_rounds_commit():

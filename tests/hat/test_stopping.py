@@ -22,6 +22,8 @@ from tiny_hat import (
 from edgebolt.hat import Chunking, CloudEngine, Dialogue, LinkLostError, Upload
 from edgebolt.hat.wire import SERVICE, written_upload
 
+pytestmark = pytest.mark.slow
+
 
 def test_health():
     with Served() as mine, grpc.insecure_channel(mine.address) as channel:

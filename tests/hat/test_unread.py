@@ -9,6 +9,8 @@ from tiny_hat import ROWS, WIDTH, Served, goes_on, rows, until
 from edgebolt.hat import Limits, Upload
 from edgebolt.hat.wire import hat_pb2, written_upload
 
+pytestmark = pytest.mark.slow
+
 
 def numbered(name):
     return name.to_bytes(16)

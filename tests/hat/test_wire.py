@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from edgebolt.hat import FORMATS, RowFormat, Upload
-from edgebolt.hat.wire import hat_pb2, read_upload, written_upload
+from edgebolt.hat.wire import MOST_ANSWERED, hat_pb2, read_upload, written_upload
 
 NAME, WIDTH, MOST, LONGEST = bytes(range(16)), 4, 8, 20
 ROWS = FORMATS["float32"]
@@ -95,6 +95,21 @@ class Untouched(RowFormat):
 def test_what_is_out_of_range_is_refused_before_rows_are_looked_at(changed, message_):
     with pytest.raises(ValueError, match=message_):
         read(message(**{**changed}) if "count" in changed else message(**changed), Untouched("none", torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message_"),
+    [
+        ({"reply": MOST_ANSWERED + 1}, "rows to be answered: a draft has at most 256"),
+        ({"tree": True, "parents": [-1] * (MOST_ANSWERED + 9)}, "rows to be answered"),
+        ({"reply": 1, "kept": range(MOST_ANSWERED + 1)}, "257 kept positions or parents"),
+    ],
+)
+def test_a_draft_has_a_bound_whatever_a_chunk_has(changed, message_):
+    count, longest = MOST_ANSWERED + 10, 10_000
+    fields = {"conversation": bytes(16), "sequence": 1, "start": 5000, "count": count, **changed}
+    with pytest.raises(ValueError, match=message_):
+        read_upload(hat_pb2.Upload(**fields), Untouched("none", torch.float32), WIDTH, count, longest)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(serve(args))
         else:
             talk(args)
-    except (ValueError, OSError, UploadRefusedError) as error:
+    except (ValueError, OSError, OverflowError, UploadRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

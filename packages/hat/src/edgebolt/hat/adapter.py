@@ -61,11 +61,12 @@ class _Attention(nn.Module):
 
 
 class HatAdapter(nn.Module):
-    """Λ (HAT, through a digest): one block of self-attention, without a feed-forward part, between a model's two ends.
+    """Λ: one block of self-attention, without a feed-forward part, between a model's two ends.
 
-    ``4 · width²`` weights, where the model has as many key and value heads as query heads: the 67 M (Vicuna-7B) and
-    105 M (13B) that the paper counts. That it is pre-norm, has a residual connection and the model's own rotary
-    angles is ours, and so is the beginning as the identity.
+    HAT's is like an attention module, a digest says; that it is no more is worked out from its weights:
+    ``4 · width²``, where the model has as many key and value heads as query heads, are the 67 M (Vicuna-7B) and 105 M
+    (13B) that the paper counts. That it is pre-norm, has a residual connection and the model's own rotary angles is
+    ours, and so is the beginning as the identity.
 
     Args:
         model: a decoder of a known family; only its configuration and its rotary angles are used.

@@ -222,6 +222,13 @@ class CloudEngine:
 
         Between this and :meth:`finish`, no other batch may be made.
         """
+        while waiting := self._ready():
+            if batch := self._with_room(next_batch(waiting, self.limits.batch_tokens)):
+                return batch  # else the last one was refused, and others may wait
+        return []
+
+    def _ready(self) -> list[Job]:
+        """The next upload of each conversation, in order of arrival; those that build on what is not held are told."""
         waiting: list[Job] = []
         for held in list(self._held.values()):
             while held.jobs and not held.jobs[0].done and not _builds_on(held.jobs[0].upload, held.cache):
@@ -230,8 +237,7 @@ class CloudEngine:
             for job in held.jobs[:1]:
                 job.cache = held.cache
                 waiting.append(job)
-        waiting.sort(key=lambda job: job.place)
-        return self._with_room(next_batch(waiting, self.limits.batch_tokens))
+        return sorted(waiting, key=lambda job: job.place)
 
     def _with_room(self, batch: list[tuple[Job, int]]) -> list[tuple[Job, int]]:
         """Let idle conversations go for a batch; jobs that have no room even so wait, or are refused if alone."""

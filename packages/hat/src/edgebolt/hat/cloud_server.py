@@ -71,6 +71,7 @@ class CloudServer:
         waiting_bytes: of uploads and unread answers of one device; above, its messages are not read.
         idle: seconds after which conversations of which nothing is heard are let go, at the latest after twice as
             many: their devices have vanished, and those that have not upload their texts anew.
+        streams: of all devices at a time; more are refused.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class CloudServer:
         delay: BatchDelay | None = None,
         waiting_bytes: int = 64 << 20,
         idle: float = 600.0,
+        streams: int = 1024,
     ) -> None:
         self.engine, self.width, self.fingerprint, self.longest = engine, width, fingerprint, longest
         self.upload_rows, self.in_flight = min(upload_rows, longest), in_flight
         self.delay = BatchDelay([0.01] * 13) if delay is None else delay
-        self.waiting_bytes, self.idle = waiting_bytes, idle
+        self.waiting_bytes, self.idle, self.streams = waiting_bytes, idle, streams
         self.batch_tokens, self.batches = MovingAverage(), 0
         self._wake, self._finished, self._stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._stopping, self._closing = False, False
@@ -125,7 +127,7 @@ class CloudServer:
             ("grpc.max_send_message_length", most),
             ("grpc.so_reuseport", 0),  # a second cloud on the same port is an error, not half of the devices
         ]
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self.streams)
         handler = grpc.stream_stream_rpc_method_handler(
             self._converse, hat_pb2.FromDevice.FromString, hat_pb2.FromCloud.SerializeToString
         )

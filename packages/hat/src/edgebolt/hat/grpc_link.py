@@ -17,7 +17,7 @@ from edgebolt.hat.stream import GREETING, Stream
 from edgebolt.hat.tls import DeviceKeys, is_loopback
 from edgebolt.hat.uplink import Uplink
 from edgebolt.hat.upload import Upload
-from edgebolt.hat.wire import PROTOCOL, hat_pb2, written_upload
+from edgebolt.hat.wire import MOST_ANSWERED, PROTOCOL, hat_pb2, written_upload
 
 __all__ = ["DeviceRefusedError", "GrpcLink"]
 
@@ -83,9 +83,11 @@ class GrpcLink:
     # Opening and closing
 
     def _open(self) -> None:
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        most = MOST_ANSWERED * max(found.row_bytes(self.width) for found in FORMATS.values()) + (64 << 10)
+        options = [("grpc.max_receive_message_length", most), ("grpc.max_send_message_length", -1)]
         if self.keys is None:
-            channel = grpc.insecure_channel(self.address, options)
+            # a proxy of the environment would take what is meant for this machine to another, in plain text
+            channel = grpc.insecure_channel(self.address, [*options, ("grpc.enable_http_proxy", 0)])
         else:
             channel = grpc.secure_channel(self.address, self.keys.credentials(), options)
         hello = hat_pb2.Hello(protocol=PROTOCOL, model=self.fingerprint, rows=self.format.name)
@@ -115,7 +117,7 @@ class GrpcLink:
         with self._opening:
             if self._tried == tried and self._stream.lost is not None and not self._closed:
                 self._stream.close()
-                time.sleep(min(self.backoff * 2**self._failed, 10.0))
+                time.sleep(min(self.backoff * 2 ** min(self._failed, 10), 10.0))
                 self._tried += 1
                 self._failed += 1
                 self._open()

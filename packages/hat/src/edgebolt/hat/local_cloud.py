@@ -46,7 +46,7 @@ def local_cloud(model: str, *arguments: str, timeout: float = 60.0) -> Iterator[
                 process.wait(timeout)
                 log.seek(0)
                 raise RuntimeError(f"The cloud has not started: {log.read()[-2000:].strip()}")
-            with grpc.insecure_channel(address) as channel:
+            with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
                 check = health_pb2_grpc.HealthStub(channel).Check
                 check(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
             yield address

@@ -24,9 +24,10 @@ MEDUSA_TREE = (-1, 0, 1, 2, -1, 0, 1, 4, -1, 0)
 class MedusaHeads(nn.Module):
     """Heads that guess the second, third … token behind a hidden state (Medusa; Cai et al. 2024).
 
-    Each is ``h + SiLU(linear(h))`` and a head of its own: ``heads · (width² + width + width · vocabulary)`` weights,
-    the 591 M (Vicuna-7B) and 760 M (13B) that HAT's baseline is said to have with four. Trained, the base frozen, by
-    the cross-entropy of head ``i`` on the token ``i + 2`` places on, weighted ``0.8^i``.
+    Each is ``h + SiLU(linear(h))`` and a head of its own: ``heads · (width² + width + width · vocabulary)`` weights;
+    four of them, as is worked out from that, are the 591 M (Vicuna-7B) and 760 M (13B) that HAT's baseline is said to
+    have. Trained, the base frozen, by the cross-entropy of head ``i`` on the token ``i + 2`` places on, weighted
+    ``0.8^i``.
 
     Args:
         parts: of the model; the heads begin as copies of its own head.

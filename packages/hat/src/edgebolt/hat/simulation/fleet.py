@@ -128,7 +128,8 @@ def simulate(
             text = TracedText(prompt, setting.new_tokens, drawn, method.ahead, tree)
             mine = SimulatedDevice(environment, timing, link, setting.row_bytes)
             waited[number] = environment.now - asked
-            found[number] = SimulatedText(mine, cloud, text, method.chunked, method.ahead)
+            drafting = method.drafts == "chain"
+            found[number] = SimulatedText(mine, cloud, text, method.chunked, method.ahead, drafting)
             yield found[number].process
 
     environment.process(ask())

@@ -75,16 +75,20 @@ class DeviceTiming:
 
     Args:
         draft: a step of the draft: first layers, Λ and head on one token, or on a few branches.
+        plain: the first layers on one token, which is all that a device does that does not draft.
         head: the head on the rows that come back.
         prompt_base: the first layers on a chunk, whatever its length.
         prompt_token: more, for each token.
+        adapter_token: Λ on a token of the prompt, which a device that drafts reads once it is on its way.
         tree: what a tree's rows take in place of drafting (Medusa's heads and the first layers); 0 without.
     """
 
     draft: float
+    plain: float
     head: float
     prompt_base: float
     prompt_token: float
+    adapter_token: float = 0.0
     tree: float = 0.0
 
 
@@ -203,6 +207,8 @@ class SimulatedText:
         text: what is generated.
         chunked: whether the prompt is cut so that upload and cloud overlap.
         ahead: whether the device drafts ahead while it waits.
+        drafting: whether it has Λ.
+        first: tokens of a chunk while the uplink has not been measured.
         smallest: tokens of a chunk at least.
         largest: tokens of a chunk at most.
         block: tokens that the device's layers run over at once, where the prompt is cut (ours).
@@ -222,13 +228,15 @@ class SimulatedText:
         text: Text,
         chunked: bool = True,
         ahead: bool = True,
+        drafting: bool = True,
+        first: int = 32,
         smallest: int = 8,
         largest: int = 512,
         block: int = 64,
     ) -> None:
         self.device, self.cloud, self.text = device, cloud, text
         self.chunked, self.ahead, self.smallest, self.largest = chunked, ahead, smallest, largest
-        self.block = block
+        self.block, self.drafting, self.first = block, drafting, first
         self.environment = device.environment
         self.timings, self.up, self.down = Timings(), 0, 0
         self._name, self._sequence, self._done = next(self._names), 0, 0
@@ -246,7 +254,8 @@ class SimulatedText:
                 break
             while self.text.drafts:
                 self.text.draft()
-                yield from self.device.work(self.device.timing.draft)
+                timing = self.device.timing
+                yield from self.device.work(timing.draft if self.drafting else timing.plain)
             upload = self.text.upload()
             if upload.parents is not None:
                 yield from self.device.work(self.device.timing.tree)
@@ -270,6 +279,8 @@ class SimulatedText:
             answered = self._send(upload, uploaded)
             if text.held == text.prompt_length:
                 text.read_prompt()
+                if self.drafting:
+                    yield from self.device.work(self.device.timing.adapter_token * text.prompt_length)
                 yield answered
                 return _value(answered)
             yield uploaded  # the next chunk is sized by what is known when the link is free
@@ -284,7 +295,9 @@ class SimulatedText:
             self._block = self.environment.event()
 
     def _chunk(self, left: int) -> int:
-        row = self.device.row_bytes / self.device.up(self.device.link.up)
+        if self.device.up.value is None:
+            return min(self.first, left)
+        row = self.device.row_bytes / self.device.up.value
         delay, batch = self.cloud.delay, self.cloud.tokens(1.0)
         timing = self.cloud.timing
         stages = timing.stages if timing.overlapped else 1  # a chunk waits for as much of the pipeline as is not free

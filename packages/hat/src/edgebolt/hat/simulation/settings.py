@@ -28,7 +28,7 @@ class Setting:
         name: of the setting.
         width: of hidden states, which travel as float16.
         cloud: seconds of a batch.
-        draft_gb: weights that a step of the draft reads, in GB.
+        draft_gb: weights that a step of the draft reads, in GB: first layers, Λ and head.
         head_gb: of those, the head's.
         layers_gflop: of the device's first layers, GFLOP a token.
         medusa_gb: weights of Medusa's four heads.
@@ -56,6 +56,11 @@ class Setting:
         """``A``."""
         return 2 * self.width
 
+    @property
+    def adapter_gb(self) -> float:
+        """Weights of Λ: ``4 · width²``, two bytes each."""
+        return 8 * self.width**2 / 1e9
+
     def device(self, number: int, mode: int, seed: int) -> tuple[DeviceTiming, Link]:
         """Timing and link of one of 30 devices, in one of its modes.
 
@@ -67,14 +72,16 @@ class Setting:
         draws = stream(seed, "device", number, mode)
         slower = float(draws.choice([1.0, 1.25, 1.6]))  # ours: three power modes
         gb, tflops = (137.0, 4.0) if number < 20 else (204.8, 8.0)  # memory: data sheets; half precision: ours
-        step = self.draft_gb / gb * slower
+        layers = (self.draft_gb - self.head_gb - self.adapter_gb) / gb * slower
         timing = DeviceTiming(
-            draft=step,
+            draft=self.draft_gb / gb * slower,
+            plain=layers,
             head=self.head_gb / gb * slower,
-            prompt_base=(self.draft_gb - self.head_gb) / gb * slower,
+            prompt_base=layers,
             prompt_token=self.layers_gflop / tflops / 1e3 * slower,
+            adapter_token=self.adapter_gb / tflops / 1e3 * slower,  # as many GFLOP a token as GB
             # Medusa reads its heads, then puts the tree's rows through the first layers
-            tree=(self.medusa_gb + self.draft_gb - self.head_gb) / gb * slower,
+            tree=self.medusa_gb / gb * slower + layers,
         )
         # the link is the place's, not the mode's
         place = stream(seed, "link", number)

@@ -8,9 +8,10 @@ from edgebolt.hat.row_format import RowFormat
 from edgebolt.hat.upload import Upload
 from edgebolt.hat.wire import hat_pb2
 
-__all__ = ["PROTOCOL", "SERVICE", "hat_pb2", "read_upload", "written_upload"]
+__all__ = ["MOST_ANSWERED", "PROTOCOL", "SERVICE", "hat_pb2", "read_upload", "written_upload"]
 
 PROTOCOL = 1
+MOST_ANSWERED = 256  # rows that come back for an upload: those of a draft, which are run at once and before prompts
 SERVICE = "edgebolt.hat.Middle"
 
 
@@ -56,6 +57,11 @@ def read_upload(message: hat_pb2.Upload, rows: RowFormat, width: int, most_rows:
         raise ValueError(
             f"start={message.start} and reply={message.reply} do not fit {count} rows and {longest} tokens."
         )
+    if message.reply > MOST_ANSWERED or (message.tree and count > MOST_ANSWERED):
+        raise ValueError(f"{count} rows to be answered: a draft has at most {MOST_ANSWERED}.")
+    most = max(len(message.kept), len(message.parents))
+    if most > MOST_ANSWERED:
+        raise ValueError(f"{most} kept positions or parents: a draft has at most {MOST_ANSWERED}.")
     kept, parents = tuple(message.kept), tuple(message.parents) if message.tree else None
     if len(kept) > message.start or any(later <= earlier for earlier, later in pairwise(kept)):
         raise ValueError(f"{len(kept)} kept positions are ascending and among the {message.start} that are kept.")
