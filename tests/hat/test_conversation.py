@@ -385,6 +385,28 @@ def test_timings():
     assert dialogue.timings.first == 1.0 and dialogue.timings.between == 0.2
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(0.05, 2), (0.019, 1), (1.0, 5), (0.0, 5)])
+def test_as_many_steps_ahead_as_end_before_the_answer(seconds, steps, monkeypatch):
+    class Waiting(InProcess):  # `arrived` says no five times; 0 seconds: nothing is known
+        def cloud_seconds(self, tokens):
+            return seconds
+
+    talk, clock = conversation(5, 24, Middle(0.0), ALWAYS), [0.0]
+    step = talk.look_ahead
+
+    def look_ahead():
+        clock[0] += 0.02
+        return step()
+
+    monkeypatch.setattr(talk, "look_ahead", look_ahead)
+    dialogue = Dialogue(talk, Waiting(engine(), steps=5), clock=lambda: clock[0])
+    for _ in dialogue:
+        pass
+    ahead = [span.tokens for span in dialogue.timings.spans if span.work == "ahead"]
+    # the first step tells how long one takes; further ones begin while they would end in time
+    assert ahead[0] == steps and max(ahead) == steps and talk.text == autoregressive(prompt(5), 24)
+
+
 def test_texts_of_a_dialogue_that_is_left_are_let_go():
     link = InProcess(engine())
     for _ in Dialogue(conversation(5, 24, Middle(), ALWAYS), link):

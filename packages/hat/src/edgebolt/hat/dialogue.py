@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from edgebolt.common.decoding import MovingAverage
 from edgebolt.hat.chunk_size import chunk_size
 from edgebolt.hat.conversation import Conversation
 from edgebolt.hat.link import CloudLink, LinkLostError
@@ -102,6 +103,7 @@ class Dialogue:
         self._sequence, self._answered, self._from = 0, 0, 1
         self._last: Upload | None = None
         self._start = 0.0
+        self._step = MovingAverage()  # seconds of looking one step ahead
         self._away: dict[int, tuple[str, float, int]] = {}  # uploads without an answer: work, when, rows
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -122,8 +124,9 @@ class Dialogue:
                 yield new
                 if conversation.done:
                     return
-                self._send(self._draft())
-                self._look_ahead()
+                upload = self._draft()
+                self._send(upload)
+                self._look_ahead(len(upload.rows))
                 deep = self._answer()
                 begun = self._now()
                 new = conversation.receive(deep)
@@ -159,10 +162,17 @@ class Dialogue:
         self._note("draft", begun, len(upload.rows))
         return upload
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, rows: int) -> None:
+        """As many steps as are expected to end before the answer is there; if nothing is known, until it is."""
+        link = self.link
+        wait = link.cloud_seconds(link.batch_tokens()) + 2 * rows * (link.row_seconds() or 0.0)
         begun, steps = self._now(), 0
-        while not self.link.arrived(self.name) and self.conversation.look_ahead():
-            steps += 1
+        last = begun
+        while not link.arrived(self.name) and (not wait or last - begun + self._step(0.0) <= wait):
+            if not self.conversation.look_ahead():
+                break
+            steps, before, last = steps + 1, last, self._now()
+            self._step.update(last - before)
         if steps:
             self._note("ahead", begun, steps)
 
