@@ -9,7 +9,7 @@ Every text is compared with that of the whole model, or, for rows coarser than f
 states pass the format at both cuts. A text may leave it only at a tie: its token is one of the two likeliest there,
 whose logits differ by less than ``MARGINS``. Anything else ends the run with an error.
 
-Budget: a text of 48 tokens takes 3 s with each method and link where both cores are idle, 6 s where they are not quite:
+Budget: a text of 48 tokens takes 3 s with each method and link where both cores are idle, and 6 s where they are not:
 16 prompts and six methods are 5 to 9 minutes a link.
 """
 
