@@ -174,14 +174,10 @@ def train(model, held_out, prompts, args, spent):
 
 def write(client, tokenizer, prompt, tokens):
     """Print a text as it comes, round by round."""
-    new, shown = [], ""
+    screen = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
     for tokens_of_round in client.stream(prompt, tokens):
-        new += tokens_of_round
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        if not text.endswith("�"):  # half of a character: the rest comes with the next token
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+        screen.put(torch.tensor(tokens_of_round))
+    screen.end()
     return client.last
 
 

@@ -17,13 +17,7 @@ from tiny_hat import (
 )
 
 from edgebolt.common.decoding import cache_bytes
-from edgebolt.hat import (
-    Chunking,
-    Dialogue,
-    InProcess,
-    Limits,
-    Upload,
-)
+from edgebolt.hat import Chunking, Dialogue, InProcess, Limits, Upload
 from edgebolt.hat.dialogue import UploadRefusedError
 
 

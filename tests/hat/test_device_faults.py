@@ -23,15 +23,7 @@ from tiny_hat import (
     until,
 )
 
-from edgebolt.hat import (
-    CloudEngine,
-    CloudModel,
-    Dialogue,
-    Limits,
-    Upload,
-    UploadRefusedError,
-    fingerprint,
-)
+from edgebolt.hat import CloudEngine, CloudModel, Dialogue, Limits, Upload, UploadRefusedError, fingerprint
 from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2, written_upload
 
 pytestmark = pytest.mark.slow

@@ -2,29 +2,10 @@ import threading
 
 import grpc
 import pytest
-from tiny_hat import (
-    LONGEST,
-    ROWS,
-    WIDTH,
-    Served,
-    Stub,
-    autoregressive,
-    engine,
-    parts,
-    prompt,
-    spoken,
-    talk,
-    until,
-)
+from tiny_hat import LONGEST, ROWS, WIDTH, Served, Stub, autoregressive, engine, parts, prompt, spoken, talk, until
 
 from edgebolt.common.decoding import Link
-from edgebolt.hat import (
-    Chunking,
-    DeviceRefusedError,
-    Dialogue,
-    InProcess,
-    fingerprint,
-)
+from edgebolt.hat import Chunking, DeviceRefusedError, Dialogue, InProcess, fingerprint
 from edgebolt.hat.wire import PROTOCOL, SERVICE, hat_pb2
 
 

@@ -4,25 +4,9 @@ import threading
 import time
 
 import pytest
-from tiny_hat import (
-    WIDTH,
-    Served,
-    autoregressive,
-    free_port,
-    prompt,
-    spoken,
-    talk,
-    until,
-)
+from tiny_hat import WIDTH, Served, autoregressive, free_port, prompt, spoken, talk, until
 
-from edgebolt.hat import (
-    Chunking,
-    DeviceRefusedError,
-    Dialogue,
-    GrpcLink,
-    Limits,
-    LinkLostError,
-)
+from edgebolt.hat import Chunking, DeviceRefusedError, Dialogue, GrpcLink, Limits, LinkLostError
 
 pytestmark = pytest.mark.slow
 

@@ -4,19 +4,7 @@ import itertools
 import threading
 
 import pytest
-from tiny_hat import (
-    LONGEST,
-    Gated,
-    Served,
-    autoregressive,
-    free_port,
-    goes_on,
-    prompt,
-    rows,
-    spoken,
-    talk,
-    until,
-)
+from tiny_hat import LONGEST, Gated, Served, autoregressive, free_port, goes_on, prompt, rows, spoken, talk, until
 
 from edgebolt.common.decoding import Link
 from edgebolt.hat import Chunking, CloudEngine, Dialogue, GrpcLink, LinkLostError, Upload

@@ -5,19 +5,7 @@ import grpc
 import pytest
 from adversary import Flood
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tiny_hat import (
-    LONGEST,
-    ROWS,
-    Gated,
-    Served,
-    Stub,
-    autoregressive,
-    free_port,
-    prompt,
-    rows,
-    talk,
-    until,
-)
+from tiny_hat import LONGEST, ROWS, Gated, Served, Stub, autoregressive, free_port, prompt, rows, talk, until
 
 from edgebolt.hat import Chunking, CloudEngine, Dialogue, LinkLostError, Upload
 from edgebolt.hat.wire import SERVICE, written_upload

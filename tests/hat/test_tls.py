@@ -20,15 +20,7 @@ from tiny_hat import (
     until,
 )
 
-from edgebolt.hat import (
-    CloudServer,
-    DeviceKeys,
-    DeviceRefusedError,
-    Dialogue,
-    GrpcLink,
-    LinkLostError,
-    ServerKeys,
-)
+from edgebolt.hat import CloudServer, DeviceKeys, DeviceRefusedError, Dialogue, GrpcLink, LinkLostError, ServerKeys
 from edgebolt.hat.wire import SERVICE, hat_pb2
 
 

@@ -98,6 +98,8 @@ async def serve(args: argparse.Namespace) -> None:
 
 def talk(args: argparse.Namespace) -> None:
     """Ask and print, until the input ends."""
+    from transformers import TextStreamer
+
     certificates = keys(args, DeviceKeys, "--ca")
     model = load_pretrained("AutoModelForCausalLM", args.model, dtype=DTYPES[args.dtype])
     tokenizer = load_tokenizer(args.model)
@@ -113,17 +115,12 @@ def talk(args: argparse.Namespace) -> None:
                 ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
             else:
                 ids = tokenizer(question)["input_ids"]
-            new: list[int] = []
-            shown = ""
+            screen: Any = TextStreamer(tokenizer, skip_special_tokens=True)
             for tokens in client.stream(ids, args.new_tokens, choice, request=number):
-                new += tokens
-                text = tokenizer.decode(new, skip_special_tokens=True)
-                if not text.endswith("�"):  # half of a character: the rest comes with the next token
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            print()
-            said.append({"role": "assistant", "content": shown})
+                screen.put(torch.tensor(tokens))
+            screen.end()
             found = client.last
+            said.append({"role": "assistant", "content": tokenizer.decode(found.tokens, skip_special_tokens=True)})
             print(
                 f"[{len(found.tokens)} tokens; the first after {found.timings.first:.2f} s, then "
                 f"{found.timings.between * 1e3:.0f} ms each; {found.accept_length:.2f} a round; "
