@@ -47,7 +47,7 @@ class Rounds:
 
     def begin(self):
         """As the running loop does: the plan, who will fail and when, and the queue."""
-        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=NoDevices(), visit_cost=None)
+        loop = FederatedLoop(self.algorithm, self.server, self.fleet, devices=NoDevices(), samples_in=None)
         loop.begin_round(limit=lambda steps: steps)
         return loop
 

@@ -70,11 +70,11 @@ def mixed():
 
 def composed():
     """The algorithm of examples/compose.py."""
-    sys.path.append(str(Path(__file__).parents[2] / "examples"))
-    try:
-        from compose import Composed
-    finally:
-        sys.path.pop()
+    folder = str(Path(__file__).parents[2] / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    from compose import Composed
+
     return Composed()
 
 

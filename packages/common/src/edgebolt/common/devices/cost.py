@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -175,11 +176,26 @@ class CostModel:
             if self._module is not None:
                 self._counted.clear()
             self._module = weakref.ref(module)
-        key = "{}" if not settings else json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_jsonable)
+        key = _key(settings)
         if key not in self._counted:
             every, forward = self._count(module, batch, batch_size, settings)
             self._counted[key] = every / batch_size, forward / batch_size
         return self._counted[key]
+
+    def known(self, settings: Mapping[str, Any]) -> tuple[float, float] | None:
+        """What has been counted or stated for such settings, as in :meth:`sample_parts`; ``None``: nothing yet."""
+        if self.flops_per_sample is not None:
+            return float(self.flops_per_sample), self.flops_per_sample * _FORWARD_SHARE
+        return self._counted.get(_key(settings))
+
+    def mean(self) -> float:
+        """Operations of forward and backward for one sample, over all settings that were counted; 1 before."""
+        return fmean([every for every, _ in self._counted.values()] or [self.flops_per_sample or 1.0])
+
+    def note(self, settings: Mapping[str, Any], parts: tuple[float, float]) -> None:
+        """Take what another process has counted for such settings."""
+        if self.flops_per_sample is None:
+            self._counted.setdefault(_key(settings), parts)
 
     def state_dict(self) -> dict[str, tuple[float, float]]:
         """What has been counted, by the canonical JSON of the settings: a resumed run keeps its nominal batch."""
@@ -218,6 +234,10 @@ class CostModel:
 def _check_count(flops: float, what: str) -> None:
     if isinstance(flops, bool) or not isinstance(flops, (int, float)) or not math.isfinite(flops) or flops <= 0:
         raise ValueError(f"{what} must be a finite number of operations above 0, got {flops!r}")
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return "{}" if not settings else json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_jsonable)
 
 
 def _jsonable(value: object) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "check_beginning",
     "check_clients",
     "check_dataset",
+    "check_schedules",
     "check_trainable",
     "check_trainer",
     "require_lightning_trainer",
@@ -80,6 +81,20 @@ def check_beginning(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"This Trainer has trained {trainer.global_step} steps already; its counters go on while the federated "
             "state would begin afresh: make a new Trainer, or pass ckpt_path to go on."
+        )
+
+
+def check_schedules(trainer: pl.Trainer) -> None:
+    """Refuse a schedule of single steps where visits do not follow one another.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if any(config.interval == "step" for config in trainer.strategy.lr_scheduler_configs):
+        raise ValueError(
+            "The learning rate's schedule has interval='step': it counts the steps of all clients, one client after "
+            "the other, and with this engine they train side by side. Use interval='epoch', which is a round, or "
+            "engine='serial'."
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -11,25 +11,12 @@ import torch
 from edgebolt.common.communication import Message
 from edgebolt.common.devices import Cut, Fleet
 from edgebolt.common.federated.algorithm import Algorithm
-from edgebolt.common.federated.serial import Serial
+from edgebolt.common.federated.device_half import DeviceHalf
+from edgebolt.common.federated.flight import Flight
 from edgebolt.common.federated.server import Server
 from edgebolt.common.federated.visit import Closed, Outcome, Update, Visit
 
 __all__ = ["FederatedLoop"]
-
-
-@dataclass
-class Flight:
-    """The visits of one (lane, stage) that have been dispatched and not yet closed."""
-
-    stage: int
-    round: int
-    opened: float
-    arrivals: list[tuple[Outcome, Message | None]] = field(default_factory=list)
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        return [outcome for outcome, _ in self.arrivals]
 
 
 class FederatedLoop:
@@ -44,8 +31,8 @@ class FederatedLoop:
         algorithm: the server half.
         server: its state.
         fleet: what devices can do in each round, and when they die.
-        devices: the engine that runs the device half.
-        visit_cost: visit, number of its steps -> samples in these steps, their FLOPs, and those of forward passes.
+        devices: runs the device half, here or elsewhere.
+        samples_in: visit, number of its steps -> samples in these steps.
     """
 
     def __init__(
@@ -53,11 +40,11 @@ class FederatedLoop:
         algorithm: Algorithm,
         server: Server,
         fleet: Fleet,
-        devices: Serial,
-        visit_cost: Callable[[Visit, int], tuple[int, float, float]],
+        devices: DeviceHalf,
+        samples_in: Callable[[Visit, int], int],
     ) -> None:
         self.algorithm, self.server, self.fleet, self.devices = algorithm, server, fleet, devices
-        self.visit_cost = visit_cost
+        self.samples_in = samples_in
         self.enrolled = self.running = False
         self.visits: list[Visit] = []
         self.cuts: list[Cut | None] = []  # of each visit; nobody sees it before it has happened
@@ -71,7 +58,7 @@ class FederatedLoop:
         self.free_at: dict[int, float] = {}  # client -> when it ends a visit that its stage did not wait for
         self.outcomes: list[Outcome] = []
         self.losses: list[float] = []
-        self.loss_sum: torch.Tensor | float = 0.0
+        self.sent: dict[int, Message] = {}  # visits that run before their turn: index -> what they were sent
         self.bytes_before = (0, 0)
         self.energy_before = 0.0
         self.history: list[dict[str, float]] = []
@@ -153,23 +140,61 @@ class FederatedLoop:
         return self.visits[self.current]  # type: ignore[index]  # open() has set it
 
     def step_done(self, loss: torch.Tensor | None) -> None:
-        """Book one trained step. The loss stays on its device until the visit closes: reading it would wait for it."""
+        """Book one trained step."""
         self.done += 1
-        if loss is not None:
-            self.loss_sum = self.loss_sum + loss.detach().float()
+        self.devices.book(loss)
 
     def _next(self) -> int | None:
-        """A waiting visit of a lane's lowest stage, if the lane is idle or runs that very stage."""
+        """The waiting visit whose turn it is, if there is one before a stage closes."""
+        return next(self._ready(), None)
+
+    def _ready(self) -> Iterator[int]:
+        """Waiting visits, in turn, that start from the models of this instant.
+
+        These are those of a lane's lowest stage, if the lane is idle or runs that very stage.
+        """
         for lane, stages in self.waiting.items():
             stage = next(iter(stages))
             flight = self.flights.get(lane)
             if flight is None or (flight.stage, flight.round) == (stage, self.server.round):
-                return stages[stage][0]
-        return None
+                yield from stages[stage]
+
+    def _run_ahead(self) -> None:
+        """Have visits run before their turn, where the device half can. What they come to waits for its turn."""
+        for index in self._ready() if self.devices.ahead else ():
+            if index not in self.sent:
+                if len(self.sent) >= self.devices.ahead:
+                    return
+                self.sent[index] = message = self._download(index)
+                visit, cut, steps = self.visits[index], self.cuts[index], self._needed(index)
+                self.devices.submit(
+                    visit,
+                    None if cut is not None and cut.down < 1 else message,
+                    self.server.round,
+                    steps=steps,
+                    samples=self.samples_in(visit, steps),
+                    **self._ending(index),
+                )
+
+    def _timed(self, index: int, steps: int) -> int:
+        """Steps of a visit, trained or probed, that cost time."""
+        cut = self.cuts[index]
+        return steps + (self.visits[index].probe if cut is None or cut.down == 1 else 0)
+
+    def _ending(self, index: int) -> dict[str, bool]:
+        """How a visit ends, as :meth:`DeviceHalf.close` wants to know it."""
+        cut = self.cuts[index]
+        return {
+            "died": cut is not None and cut.up is None,
+            "enrolling": not self.enrolled,
+            "timed": self._timed(index, self._needed(index)) > 0,
+        }
 
     def open(self, index: int) -> None:
         """Send the order and the model; the device installs them."""
         visit, server = self.visits[index], self.server
+        self._run_ahead()
+        message = self.sent.pop(index) if index in self.sent else self._download(index)
         stages = self.waiting[visit.lane]
         stages[visit.stage].remove(index)
         if not stages[visit.stage]:
@@ -177,12 +202,6 @@ class FederatedLoop:
         if not stages:
             del self.waiting[visit.lane]
         flight = self.flights.setdefault(visit.lane, Flight(visit.stage, server.round, server.now))
-        if visit.start is None:
-            message = Message({}, {"visit": visit.order()})
-        elif visit.start in server.models:
-            message = self.algorithm.download(server, visit).with_header(visit=visit.order())
-        else:
-            raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
         cut = self.cuts[index]
         broken = cut is not None and cut.down < 1
         self.sent_bytes = int(cut.down * message.nbytes) if cut is not None else message.nbytes
@@ -196,8 +215,16 @@ class FederatedLoop:
             delivered=not broken,
         )
         self.current, self.done = index, 0
-        self.loss_sum = 0.0
         self.devices.open(visit, None if broken else message, server.round)
+
+    def _download(self, index: int) -> Message:
+        """What a visit is sent."""
+        visit, server = self.visits[index], self.server
+        if visit.start is None:
+            return Message({}, {"visit": visit.order()})
+        if visit.start not in server.models:
+            raise KeyError(f"{visit} starts from {visit.start!r}; the server has {sorted(server.models)}.")
+        return self.algorithm.download(server, visit).with_header(visit=visit.order())
 
     @property
     def _kind(self) -> str:
@@ -207,12 +234,11 @@ class FederatedLoop:
         server, flight = self.server, self.flights[visit.lane]
         assert self.current is not None
         cut = self.cuts[self.current]
-        assert self.devices.device is not None
-        profile = self.devices.device.profile
-        timed = self.done + (visit.probe if cut is None or cut.down == 1 else 0)
-        samples, flops, forward_flops = self.visit_cost(visit, timed) if timed else (0, 0.0, 0.0)
-        sends = cut is None or cut.up is not None
-        message = self.devices.close(visit, died=not sends, enrolling=not self.enrolled)
+        profile = self.fleet.profile(visit.client, server.round)
+        message = self.devices.close(visit, **self._ending(self.current))
+        timed = self._timed(self.current, self.done)
+        samples = self.samples_in(visit, timed) if timed else 0
+        flops, forward_flops = (samples * each for each in self.devices.sample_flops)
         down, compute = profile.download_seconds(self.sent_bytes), profile.compute_seconds(flops)
         up_bytes, up, reason = 0, 0.0, "failed"
         if message is not None:
@@ -253,7 +279,7 @@ class FederatedLoop:
         )
         flight.arrivals.append((outcome, message if outcome.delivered else None))
         if self.done and outcome.delivered:
-            self.losses.append(float(self.loss_sum) / self.done)
+            self.losses.append(float(self.devices.loss_sum) / self.done)
         self.current = None
 
     def _deliver(self) -> None:
@@ -397,7 +423,7 @@ class FederatedLoop:
             "visits": [visit.to_plain() for visit in self.visits],
             "cuts": [None if cut is None else asdict(cut) for cut in self.cuts],
             "waiting": {lane: {s: list(v) for s, v in stages.items()} for lane, stages in self.waiting.items()},
-            "flights": {lane: _plain_flight(flight) for lane, flight in self.flights.items()},
+            "flights": {lane: flight.to_plain() for lane, flight in self.flights.items()},
             "planned_steps": self.planned_steps,
             "steps": self.steps,
             "current": self.current,
@@ -406,7 +432,7 @@ class FederatedLoop:
             "free_at": dict(self.free_at),
             "outcomes": [outcome.to_plain() for outcome in self.outcomes],
             "losses": list(self.losses),
-            "loss_sum": torch.as_tensor(self.loss_sum),
+            "loss_sum": torch.as_tensor(self.devices.loss_sum),
             "bytes_before": self.bytes_before,
             "energy_before": self.energy_before,
             "history": [dict(row) for row in self.history],
@@ -430,12 +456,12 @@ class FederatedLoop:
         self.visits = [Visit.from_plain(visit) for visit in state["visits"]]
         self.cuts = [None if cut is None else Cut(**cut) for cut in state["cuts"]]
         self.waiting = state["waiting"]
-        self.flights = {lane: _flight(flight) for lane, flight in state["flights"].items()}
+        self.flights = {lane: Flight.from_plain(flight) for lane, flight in state["flights"].items()}
         self.planned_steps, self.steps = state["planned_steps"], state["steps"]
         self.current, self.done, self.sent_bytes = state["current"], state["done"], state["sent_bytes"]
         self.free_at = dict(state["free_at"])
         self.outcomes = [Outcome.from_plain(outcome) for outcome in state["outcomes"]]
-        self.losses, self.loss_sum = list(state["losses"]), state["loss_sum"]
+        self.losses, self.devices.loss_sum = list(state["losses"]), state["loss_sum"]
         self.bytes_before, self.energy_before = tuple(state["bytes_before"]), state["energy_before"]
         self.history = list(state["history"])
 
@@ -453,19 +479,3 @@ def _queued(visits: list[Visit]) -> dict[str, dict[int, list[int]]]:
         visit = visits[index]
         queue.setdefault(visit.lane, {}).setdefault(visit.stage, []).append(index)
     return queue
-
-
-def _plain_flight(flight: Flight) -> dict[str, Any]:
-    arrivals = [
-        (outcome.to_plain(), None if message is None else (dict(message.tensors), dict(message.header)))
-        for outcome, message in flight.arrivals
-    ]
-    return {"stage": flight.stage, "round": flight.round, "opened": flight.opened, "arrivals": arrivals}
-
-
-def _flight(plain: dict[str, Any]) -> Flight:
-    arrivals = [
-        (Outcome.from_plain(outcome), None if message is None else Message(*message))
-        for outcome, message in plain["arrivals"]
-    ]
-    return Flight(plain["stage"], plain["round"], plain["opened"], arrivals)

@@ -9,10 +9,11 @@ from edgebolt.common.federated.client_data import ClientData
 from edgebolt.common.random import derive
 
 if TYPE_CHECKING:
+    from edgebolt.common.federated.device_half import DeviceHalf
     from edgebolt.common.federated.loop import FederatedLoop
-    from edgebolt.common.federated.visit import Evaluation
+    from edgebolt.common.federated.visit import Evaluation, Visit
 
-__all__ = ["EvaluationLoader", "RoundLoader"]
+__all__ = ["EvaluationLoader", "RoundLoader", "visit_batches"]
 
 
 class RoundLoader:
@@ -30,6 +31,7 @@ class RoundLoader:
 
     def __init__(self, loop: FederatedLoop, data: ClientData, steps: int, idle: Callable[[], Any]) -> None:
         self.loop, self.data, self.steps, self.idle = loop, data, steps, idle
+        self._idle_batch: Any = None
 
     def __len__(self) -> int:
         return self.steps
@@ -37,22 +39,23 @@ class RoundLoader:
     def __iter__(self) -> Iterator[Any]:
         loop = self.loop
         if not loop.steps:
-            yield self.idle()
+            yield self._idle()
             return
         while loop.running:
             visit = loop.open_next()
             if not loop.running:
                 return
-            done, server = loop.done, loop.server
-            seed = derive(server.seed, "data", visit.origin(server.round), visit.stage, visit.client)
-            batches = self.data.batches(visit.client, visit.done + loop.needed, visit.batch_size, seed)
-            for _ in range(visit.done):  # those that were trained before it was interrupted
-                next(batches)
-            for step in range(loop.needed):
-                loop.devices.seed_step(step)
-                batch = next(batches)
-                if step >= done:  # a resumed visit draws its former batches again and drops them
-                    yield batch
+            if loop.devices.trains:
+                yield from visit_batches(self.data, loop.devices, visit, loop.server.round, loop.needed, loop.done)
+            else:  # it trains elsewhere; bars and counters count its steps here
+                idle = self._idle()
+                for _ in range(loop.needed):
+                    yield idle
+
+    def _idle(self) -> Any:
+        if self._idle_batch is None:
+            self._idle_batch = self.idle()
+        return self._idle_batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the loop's own state knows the position. Its presence tells Lightning that resuming is exact."""
@@ -60,6 +63,30 @@ class RoundLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+def visit_batches(
+    data: ClientData, devices: DeviceHalf, visit: Visit, round: int, steps: int, done: int = 0
+) -> Iterator[Any]:
+    """The batches of a visit's steps, with the random states of each step set before it is drawn.
+
+    Args:
+        data: the clients' batches.
+        devices: has the visit open.
+        visit: the order.
+        round: in which it takes place.
+        steps: that it trains.
+        done: of these, before it was resumed: their batches are drawn again and dropped.
+    """
+    seed = derive(devices.seed, "data", visit.origin(round), visit.stage, visit.client)
+    batches = data.batches(visit.client, visit.done + steps, visit.batch_size, seed)
+    for _ in range(visit.done):  # those that were trained before it was interrupted
+        next(batches)
+    for step in range(steps):
+        devices.seed_step(step)
+        batch = next(batches)
+        if step >= done:
+            yield batch
 
 
 class EvaluationLoader:

@@ -6,10 +6,12 @@ no effect by definition: the module, the datamodule and every callback have inhe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -42,10 +44,10 @@ class Shortcuts:
     step: bool = False
 
     @classmethod
-    def of(cls, trainer: pl.Trainer) -> Shortcuts:
-        """Look at everybody who takes part in this fit."""
+    def of(cls, trainer: pl.Trainer, callbacks: Sequence[Callback] = ()) -> Shortcuts:
+        """Look at everybody who takes part in this fit, ``callbacks`` too, which may take part later."""
         module, datamodule = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-        takers = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+        takers = [module, *callbacks, *trainer.callbacks]  # type: ignore[attr-defined]
 
         def unused(*hooks: str) -> bool:
             return not any(is_overridden(hook, taker) for hook in hooks for taker in takers if hasattr(taker, hook))

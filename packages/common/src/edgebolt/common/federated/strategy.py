@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,20 +13,23 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, Precision
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from torch.optim import Optimizer
 
-from edgebolt.common.communication import TrafficLedger
+from edgebolt.common.communication import Tensors, TrafficLedger
 from edgebolt.common.devices import Clock, CostModel, Fleet
+from edgebolt.common.engines.choice import EngineLike, chosen_engine
+from edgebolt.common.engines.engine import Serial
+from edgebolt.common.engines.job import Job
+from edgebolt.common.engines.ranks import Ranks
+from edgebolt.common.engines.remote_visits import RemoteVisits
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.checks import (
     check_automatic,
     check_beginning,
     check_clients,
+    check_schedules,
     check_trainable,
     check_trainer,
     several_optimizers,
@@ -34,14 +38,15 @@ from edgebolt.common.federated.client import ClientCallback
 from edgebolt.common.federated.client_data import ClientData, Clients, make_client_data
 from edgebolt.common.federated.device import Device
 from edgebolt.common.federated.device_files import DeviceFiles
+from edgebolt.common.federated.device_half import DeviceHalf
 from edgebolt.common.federated.epoch_counters import align_counters
+from edgebolt.common.federated.local_steps import LocalSteps
 from edgebolt.common.federated.loop import FederatedLoop
 from edgebolt.common.federated.partition import IID
 from edgebolt.common.federated.round_hooks import RoundHooks
 from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
-from edgebolt.common.federated.serial import Serial
 from edgebolt.common.federated.server import Server
-from edgebolt.common.federated.shortcuts import Shortcuts, SilentProfiler
+from edgebolt.common.federated.shortcuts import Shortcuts
 from edgebolt.common.federated.visit import Evaluation, Outcome, Visit
 
 __all__ = ["FederatedStrategy"]
@@ -49,7 +54,7 @@ __all__ = ["FederatedStrategy"]
 _KEY = "federated"
 
 
-class FederatedStrategy(SingleDeviceStrategy):
+class FederatedStrategy(LocalSteps):
     """Trains a ``LightningModule`` federatedly, in an ordinary ``Trainer``: one epoch is one communication round.
 
     Progress bar, loggers, ``EarlyStopping``, ``ModelCheckpoint``, precision and ``ckpt_path=`` keep working and
@@ -67,6 +72,8 @@ class FederatedStrategy(SingleDeviceStrategy):
         cost: FLOPs of a step.
         seed: of everything that is drawn here: cohorts, shuffling, dropout. The partition and the fleet have
             their own.
+        engine: where visits are trained: an :class:`~edgebolt.common.engines.Engine` or its name, ``"serial"`` (here,
+            one after the other; the default) or ``"ray"``.
         accelerator, checkpoint_io, precision_plugin: as in any Lightning strategy; usually set by the ``Trainer``.
 
     Attributes:
@@ -74,6 +81,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         ledger: every message; ``ledger.total_bytes``, ``up_bytes``, ``down_bytes``, exact.
         server: the server's state, once ``fit`` has begun.
         history: a dict of exact figures per finished round.
+        client_callbacks: the device half of the running fit: the algorithm's callbacks, then the Trainer's own.
 
     Raises:
         ValueError, TypeError: for arguments, loaders, modules and Trainer arguments that cannot be federated; each
@@ -100,6 +108,7 @@ class FederatedStrategy(SingleDeviceStrategy):
         fleet: Fleet | None = None,
         cost: CostModel | None = None,
         seed: int = 0,
+        engine: EngineLike = "serial",
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -118,17 +127,19 @@ class FederatedStrategy(SingleDeviceStrategy):
         self.clients: Clients = IID(10) if clients is None else clients
         self.per_round, self.local_epochs, self.local_steps = per_round, local_epochs or 1, local_steps
         self.fleet, self.cost, self.seed = fleet, cost or CostModel(), seed
+        self.engine = chosen_engine(engine)
         self._devices: list[torch.device] = []
         self.clock, self.ledger = Clock(), TrafficLedger()
         self.loop: FederatedLoop | None = None
         self._data: ClientData | None = None
+        self._datamodule: Any = None  # as it was before its setup
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until there is a loop to take it
         self._open_epoch = False
         self._nominal: tuple[Any, int] | None = None  # batch and its size
         self._files = DeviceFiles()
         self._shortcuts = Shortcuts()
         self._hooks = RoundHooks(self)
-        self._callbacks: list[ClientCallback] = []
+        self.client_callbacks: list[ClientCallback] = []
 
     def __repr__(self) -> str:
         """Names the import that a foreign Trainer, which prints this, is missing."""
@@ -142,7 +153,8 @@ class FederatedStrategy(SingleDeviceStrategy):
     @property
     def root_device(self) -> torch.device:
         """The one device that the accelerator chose."""
-        return self._devices[0] if self._devices else torch.device("cpu")
+        chosen = self._devices[0] if self._devices else torch.device("cpu")
+        return self.engine.device(chosen) if isinstance(self.engine, Ranks) else chosen
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -179,9 +191,8 @@ class FederatedStrategy(SingleDeviceStrategy):
         return self.loop
 
     @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
+    def _device_half(self) -> DeviceHalf:
+        return self._running.devices
 
     def setup_environment(self) -> None:
         """Refuse what cannot work and take our place among the callbacks, before any of their hooks runs."""
@@ -193,16 +204,22 @@ class FederatedStrategy(SingleDeviceStrategy):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [self._hooks, *self.algorithm.callbacks]
         theirs = [callback for callback in callbacks if not any(callback is mine for mine in ours)]
-        self._callbacks = [
+        self.client_callbacks = [
             *self.algorithm.callbacks,
             *(callback for callback in theirs if isinstance(callback, ClientCallback)),
         ]
         # The device half first, so that its hooks run while the visit is open; then the round's own, which close it;
         # then the user's, which see the aggregated model.
         others = [callback for callback in theirs if not isinstance(callback, ClientCallback)]
-        callbacks[:] = [*self._callbacks, self._hooks, *others]
+        callbacks[:] = [*self.client_callbacks, self._hooks, *others]
         # Without this, rounds of different length would be cut or cycled at the first round's length.
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        if (datamodule := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            self._datamodule = copy(datamodule)
+            self._datamodule.trainer = None
+        if isinstance(self.engine, Ranks) and self.engine.serves:
+            callbacks[:] = self.client_callbacks
+            trainer.num_sanity_val_steps = 0
         if type(self.algorithm).evaluation is not Algorithm.evaluation:
             trainer.num_sanity_val_steps = 0  # its loader would serve round 0 too
         # Said anew for each round's length, and of no use: what is logged of a round does not depend on steps.
@@ -246,7 +263,10 @@ class FederatedStrategy(SingleDeviceStrategy):
                 return self._evaluation_loader(evaluations, dataloader)
         return dataloader
 
-    def _round_loader(self, loader: Any) -> RoundLoader:
+    def _round_loader(self, loader: Any) -> Any:
+        if isinstance(self.engine, Ranks) and self.engine.serves:
+            self.engine.serve(self, loader)
+            return []  # rank 0's fit is over, and so is this one
         if self.loop is None:
             self.loop = self._begin(loader)
             self._restore()
@@ -319,64 +339,41 @@ class FederatedStrategy(SingleDeviceStrategy):
             clock=self.clock,
             ledger=self.ledger,
         )
-        devices = Serial(self._trainer, module, self.algorithm, self._callbacks, make_device, self.seed)
+        half: dict[str, Any] = {
+            "trainer": self._trainer,
+            "module": module,
+            "algorithm": self.algorithm,
+            "callbacks": self.client_callbacks,
+            "make_device": make_device,
+            "count": self._count,
+            "seed": self.seed,
+        }
+        devices: DeviceHalf
+        if isinstance(self.engine, Serial):
+            devices = DeviceHalf(**half)
+        else:
+            check_schedules(self._trainer)
+            source = loader if self._datamodule is None else self._datamodule
+
+            def job(initial: Tensors) -> Job:
+                return Job.of(self, source, data.samples, initial)
+
+            devices = RemoteVisits(self.engine, job, self.cost, **half)
         server.models["global"] = dict(devices.initial)
-        return FederatedLoop(self.algorithm, server, fleet, devices, self._visit_cost)
+        return FederatedLoop(self.algorithm, server, fleet, devices, self._samples_in)
+
+    def teardown(self) -> None:
+        """Let the engine's workers go."""
+        if self.loop is not None:
+            self.loop.devices.end()
+        super().teardown()
 
     @property
     def _client_data(self) -> ClientData:
         assert self._data is not None
         return self._data
 
-    # --------------------------------------------------------------------------------------------- the steps
-
-    def on_train_start(self) -> None:
-        """See which hooks of a step nobody implements."""
-        super().on_train_start()
-        self._shortcuts = Shortcuts.of(self._trainer)
-        trainer: Any = self._trainer
-        if type(trainer.profiler) is PassThroughProfiler:
-            trainer.profiler = SilentProfiler()
-
-    def teardown(self) -> None:
-        """Give the Trainer its own profiler back."""
-        trainer: Any = self._trainer
-        if type(trainer.profiler) is SilentProfiler:
-            trainer.profiler = PassThroughProfiler()
-        super().teardown()
-
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """The batch on the device, by the module's own hooks."""
-        if self._shortcuts.transfer and device is None:
-            return batch
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, but for the idle batch of a round in which nobody trains."""
-        return super().training_step(*args, **kwargs) if self._running.steps else None
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Back-propagate."""
-        if not self._shortcuts.backward:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        closure_loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return closure_loss.detach()
-
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """One local step, with the values that the visit sets for the optimizer's groups."""
-        visit = self._running.visit
-        if visit is None:
-            return closure()  # the idle batch
-        with self._running.devices.group_values(visit, optimizer):
-            if self._shortcuts.step:
-                return optimizer.step(closure=closure, **kwargs)
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+    # ---------------------------------------------------------------------------------------- the global model
 
     def on_validation_start(self) -> None:
         """Lightning also validates when it is told to stop in mid-round: show it the global model, not a client's."""
@@ -393,25 +390,24 @@ class FederatedStrategy(SingleDeviceStrategy):
         if self.loop is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.loop.devices.park(self.server.models["global"])
 
-    def _to_device(self, batch: Any) -> Any:
-        return self.batch_to_device(self.precision_plugin.convert_input(batch))
-
     def _nominal_batch(self) -> Any:
         """The first samples of client 0 in their stored order: the shape for which FLOPs are stated."""
         with isolate_rng():  # a resumed run draws it once more
             return next(iter(self._client_data.loader(0)))
 
-    def _visit_cost(self, visit: Visit, steps: int) -> tuple[int, float, float]:
-        """Samples in a visit's steps, FLOPs of these (a sample's at the nominal shape) and of their forward passes."""
+    def _count(self, visit: Visit) -> tuple[float, float]:
+        """FLOPs of a sample at the nominal shape: all, and those of the forward pass."""
         module, data = self.lightning_module, self._client_data
         assert module is not None
         if self._nominal is None:
             size = min(data.template_of(0).batch_size or 1, int(data.samples[0]))
             self._nominal = self._to_device(self._nominal_batch()), size
-        every, forward = self.cost.sample_parts(module, *self._nominal, visit.settings)
-        before, after = (data.samples_in(visit.client, n, visit.batch_size) for n in (visit.done, visit.done + steps))
-        samples = after - before
-        return samples, every * samples, forward * samples
+        return self.cost.sample_parts(module, *self._nominal, visit.settings)
+
+    def _samples_in(self, visit: Visit, steps: int) -> int:
+        """Samples in a visit's first steps."""
+        data, client, size = self._client_data, visit.client, visit.batch_size
+        return data.samples_in(client, visit.done + steps, size) - data.samples_in(client, visit.done, size)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

@@ -1,4 +1,4 @@
-"""The default engine: visits run one after the other, in this process, on the Trainer's own module."""
+"""The device half of a run: opens and closes visits on a module, tensors in, difference out."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from edgebolt.common.random import derive
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Serial"]
+__all__ = ["DeviceHalf"]
 
 
-class Serial:
+class DeviceHalf:
     """Opens and closes visits: tensors in, optimizer emptied, callbacks called, difference out.
 
     Between visits the module holds the global model. A visit's randomness is a function of (run seed, round,
@@ -35,11 +35,17 @@ class Serial:
         algorithm: for its codecs.
         callbacks: the device half, in order.
         make_device: client -> :class:`Device` with the given memory.
+        count: FLOPs of a sample, as the module stands and by a visit's settings: all, and those of the forward pass.
         seed: the run's seed.
 
     Attributes:
         memories: client -> what the device remembers. Only device code may touch it.
+        ahead: visits that may run before their turn; 0: each runs in its turn, here.
+        loss_sum: of the open visit's steps, or of the last one.
+        sample_flops: of the visit that was closed last, if its steps are timed: all, and those of forward passes.
     """
+
+    ahead = 0
 
     def __init__(
         self,
@@ -48,16 +54,20 @@ class Serial:
         algorithm: Algorithm,
         callbacks: list[ClientCallback],
         make_device: Callable[[int, dict[str, Any]], Device],
+        count: Callable[[Visit], tuple[float, float]],
         seed: int,
     ) -> None:
         self.trainer, self.module, self.algorithm, self.callbacks = trainer, module, algorithm, callbacks
-        self.make_device, self.seed = make_device, seed
+        self.make_device, self.count, self.seed = make_device, count, seed
         self.memories: dict[int, dict[str, Any]] = {}
         self.touched: set[int] = set()  # clients whose memory may have changed since the last checkpoint
-        self.device: Device | None = None
+        self.device: Device | None = None  # whose visit is open
+        self.visit: Visit | None = None
         self.start: Tensors = {}
         self.parked: dict[str, Any] | None = None
         self.groups: list[dict[str, Any]] = []
+        self.loss_sum: torch.Tensor | float = 0.0
+        self.sample_flops = (0.0, 0.0)
         self._step_seed = 0
         self._on_cuda = module.device.type == "cuda"
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -108,7 +118,7 @@ class Serial:
 
     def _device_of(self, visit: Visit) -> Device:
         self.touched.add(visit.client)
-        device = self.make_device(visit.client, self.memories.setdefault(visit.client, {}))
+        device = self.make_device(visit.client, self._memory_for(visit.client))
         if not self.groups:  # the module asked for the round's length before it had an optimizer
             self.begin_round()
         device.groups = self.groups
@@ -116,8 +126,12 @@ class Serial:
             device.round = visit.base  # it goes on with the random numbers of that round
         return device
 
+    def _memory_for(self, client: int) -> dict[str, Any]:
+        return self.memories.setdefault(client, {})
+
     def open(self, visit: Visit, message: Message | None, round: int) -> None:
         """The device receives the message, installs it and gets ready to train; None: it died before it had it."""
+        self.loss_sum = 0.0
         self.device = self._device_of(visit)
         if message is None:
             return
@@ -134,6 +148,7 @@ class Serial:
 
     def _begin(self, visit: Visit, round: int) -> None:
         assert self.device is not None
+        self.visit = visit
         self._step_seed = visit.done + derive(self.seed, "visit", visit.origin(round), visit.stage, visit.client)
         self.seed_step(0)
         if self.trainer.optimizers:
@@ -152,15 +167,26 @@ class Serial:
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the open visit's steps are trained here."""
+        return self.device is not None
+
+    def book(self, loss: torch.Tensor | None) -> None:
+        """Add a step's loss. It stays where it is until the visit closes: reading it would wait for it."""
+        if loss is not None:
+            self.loss_sum = self.loss_sum + loss.detach().float()
+
     @contextmanager
-    def group_values(self, visit: Visit, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def group_values(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """The optimizer's groups with the values that the device and its visit set, for one step."""
-        own = [] if self.device is None else self.device.optimizer
-        if not own and not visit.optimizer:
+        assert self.device is not None and self.visit is not None
+        own, ordered = self.device.optimizer, self.visit.optimizer
+        if not own and not ordered:
             yield
             return
         groups = optimizer.param_groups
-        values = [{**group, **visit.optimizer} for group in own or [{}] * len(groups)]
+        values = [{**group, **ordered} for group in own or [{}] * len(groups)]
         before = [{name: group[name] for name in new} for group, new in zip(groups, values, strict=True)]
         for group, new in zip(groups, values, strict=True):
             group.update(new)
@@ -170,20 +196,37 @@ class Serial:
             for group, old in zip(groups, before, strict=True):
                 group.update(old)
 
+    @property
+    def listeners(self) -> list[ClientCallback]:
+        """The callbacks that want to know that an update was taken."""
+        return [c for c in self.callbacks if type(c).on_client_delivered is not ClientCallback.on_client_delivered]
+
     def acknowledge(self, visit: Visit) -> None:
         """Tell a device that its update was taken."""
-        told = [c for c in self.callbacks if type(c).on_client_delivered is not ClientCallback.on_client_delivered]
-        if told:
+        if self.listeners:
             device = self._device_of(visit)
-            for callback in told:
+            self.hear(device, [(visit, device.round)])
+
+    def submit(self, visit: Visit, message: Message | None, round: int, **what: Any) -> None:
+        """Let a visit run before its turn; called where :attr:`ahead` is more than 0."""
+        raise NotImplementedError
+
+    def hear(self, device: Device, delivered: list[tuple[Visit, int]]) -> None:
+        """Tell a device of updates that were taken: visits, and the rounds in which they were."""
+        for visit, round in delivered:
+            device.round = visit.origin(round)
+            for callback in self.listeners:
                 callback.on_client_delivered(device, visit)
 
-    def close(self, visit: Visit, died: bool, enrolling: bool = False) -> Message | None:
+    def close(self, visit: Visit, *, died: bool, enrolling: bool, timed: bool) -> Message | None:
         """The device's answer, or None if it died; either way the optimizer is emptied.
 
-        At enrolment there is no update: the callbacks' ``upload`` may put something into an empty one.
+        At enrolment there is no update: the callbacks' ``upload`` may put something into an empty one. The steps are
+        ``timed`` if there are any, trained or probed; their cost is that of the module as the visit has left it.
         """
         assert self.device is not None
+        if timed:
+            self.sample_flops = self.count(visit)
         message = None
         if not died:
             report: dict[str, Any] = {}
@@ -202,10 +245,17 @@ class Serial:
         self.device, self.start = None, {}
         return message
 
+    def memory(self, client: int) -> dict[str, Any]:
+        """What one device remembers."""
+        return self.memories.get(client, {})
+
+    def end(self) -> None:
+        """The run is over, or has failed."""
+
     def show(self, model: str, tensors: Tensors, client: int | None) -> None:
         """Put a model in place for evaluation, with what a client's device half would install; leaves no trace."""
         if client is not None:
-            device = self.make_device(client, dict(self.memories.get(client, {})))
+            device = self.make_device(client, dict(self.memory(client)))
             for callback in self.callbacks:
                 tensors = callback.install(device, Visit(client, 0, start=model), tensors)
         self.put({**self.initial, **tensors})

@@ -1,0 +1,217 @@
+"""A run is the same run, bit for bit, wherever its visits are trained."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from algorithms import ALGORITHMS, DISTINCT
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import Net, assert_same, exact, fit, make_strategy, make_trainer, state, train_loader, val_loader
+
+from edgebolt.common.engines import Engine, RayEngine, Serial
+from edgebolt.common.federated import ClientCallback
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def ray_engine():
+    with RayEngine(2, {"cpu": 0.5}) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """What the runs of all algorithms came to on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("on_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)]
+
+
+@cache
+def serial(name):
+    row = ALGORITHMS[name]
+    return fit(*row.make(), rounds=row.rounds)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_ray(name, ray_engine):
+    row = ALGORITHMS[name]
+    run = fit(*row.make(engine=ray_engine), rounds=row.rounds)
+    assert_same(run, serial(name))
+    assert exact(run.trainer.callback_metrics) == exact(serial(name).trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_ranks(name, on_ranks):
+    first, second = (rank[name] for rank in on_ranks)
+    expected = state(serial(name))
+    different = [part for part in expected if first["state"][part] != expected[part]]
+    assert not different
+    assert first["metrics"] == exact(serial(name).trainer.callback_metrics)
+    assert second["state"] is None, "rank 1 is no server"
+    assert second["module"] == first["module"]
+    assert second["metrics"] == first["metrics"]
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("first", ["serial", "ray"])
+def test_a_checkpoint_of_one_engine_is_resumed_by_another(name, first, ray_engine, tmp_path):
+    row = ALGORITHMS[name]
+    engines = ["serial", ray_engine] if first == "serial" else [ray_engine, "serial"]
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(*row.make(engine=engines[0]), rounds=1, callbacks=[save])
+    run = fit(*row.make(engine=engines[1]), rounds=row.rounds, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(run, serial(name))
+
+
+class Dies(ClientCallback):
+    """The process of a client's visit is killed, the first ``times``."""
+
+    def __init__(self, folder, client=2, times=1):
+        self.folder, self.client, self.times = folder, client, times
+
+    def on_client_start(self, trainer, module, device, visit):
+        deaths = len(list(self.folder.iterdir()))
+        worker = threading.current_thread() is not threading.main_thread()
+        if worker and device.id == self.client and deaths < self.times:
+            (self.folder / str(deaths)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_replaced(ray_engine, tmp_path):
+    run = fit(make_strategy(engine=ray_engine, per_round=6), callbacks=[Dies(tmp_path, times=2)])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert_same(run, fit(make_strategy(per_round=6), callbacks=[Dies(tmp_path)]))
+
+
+def test_a_visit_whose_worker_dies_three_times_is_a_failed_client(ray_engine, tmp_path):
+    with pytest.warns(UserWarning, match="Client 2 counts as failed"):
+        run = fit(make_strategy(engine=ray_engine, per_round=6), rounds=2, callbacks=[Dies(tmp_path, times=3)])
+    assert [row["round/failed"] for row in run.strategy.history] == [1, 0]
+    assert [row["round/delivered"] for row in run.strategy.history] == [5, 6]
+
+
+def test_when_nothing_can_be_run_the_fit_ends(ray_engine, tmp_path):
+    class DiesEverywhere(Dies):
+        def on_client_start(self, trainer, module, device, visit):
+            self.client = device.id
+            super().on_client_start(trainer, module, device, visit)
+
+    with pytest.raises(RuntimeError, match="visits in a row could not be run"):
+        fit(make_strategy(engine=ray_engine, per_round=6), callbacks=[DiesEverywhere(tmp_path, times=10**6)])
+
+
+class Fails(Net):
+    def training_step(self, batch, batch_idx):
+        raise ZeroDivisionError("in the module's own code")
+
+
+def test_what_the_module_raises_is_raised_here(ray_engine):
+    with pytest.raises(ZeroDivisionError, match="in the module's own code"):
+        fit(make_strategy(engine=ray_engine), Fails())
+    row = ALGORITHMS["fedavg"]
+    assert_same(fit(*row.make(engine=ray_engine), rounds=row.rounds), serial("fedavg"), "the engine is of no more use")
+
+
+def test_what_cannot_be_sent_is_named(ray_engine):
+    module = Net()
+    module.head.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"module\.head\.lock, a lock, cannot be sent to a worker"):
+        fit(make_strategy(engine=ray_engine), module)
+
+
+def test_a_checkpoint_in_mid_round_is_refused(ray_engine, tmp_path):
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    with pytest.raises(RuntimeError, match="save at the end of a round"):
+        fit(make_strategy(engine=ray_engine), callbacks=[save])
+
+
+def test_a_checkpoint_of_mid_round_is_refused(ray_engine, tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(rounds=1, callbacks=[save])
+    with pytest.raises(ValueError, match=r"written in mid-round.*engine=Serial\(\)"):
+        fit(make_strategy(engine=ray_engine), ckpt_path=tmp_path / "step=1.ckpt")
+
+
+def test_a_schedule_of_steps_is_refused(ray_engine):
+    class ByStep(Net):
+        def configure_optimizers(self):
+            optimizer = self.make_optimizer()
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    with pytest.raises(ValueError, match="interval='epoch'"):
+        fit(make_strategy(engine=ray_engine), ByStep())
+
+
+class Data(L.LightningDataModule):
+    """Makes its data in ``setup``; what it holds afterwards is not sent."""
+
+    def setup(self, stage):
+        self.train, self.lock = train_loader(), threading.Lock()
+
+    def train_dataloader(self):
+        return self.train
+
+    def val_dataloader(self):
+        return val_loader()
+
+
+def test_a_datamodule_travels_without_its_data(ray_engine):
+    models = []
+    for engine in ("serial", ray_engine):
+        module = Net()
+        make_trainer(make_strategy(engine=engine)).fit(module, datamodule=Data())
+        models.append(exact(module.state_dict()))
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "error", "match"),
+    [
+        ("dask", ValueError, "'dask': use one of"),
+        (RayEngine, TypeError, "or an Engine such as"),
+        ("ranks", RuntimeError, "torchrun --nproc-per-node=2 script.py"),
+    ],
+)
+def test_engines_that_are_none(engine, error, match, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(error, match=match):
+        make_strategy(engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"num_workers": 0}, "use 1 or more"),
+        ({"num_workers": True}, "use 1 or more"),
+        ({"resources_per_worker": {"cpu": -1}}, "use amounts"),
+        ({"resources_per_worker": {"cpu": 0}}, "use amounts"),
+    ],
+)
+def test_workers_that_are_none(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        RayEngine(**arguments)
+
+
+def test_more_workers_than_there_are(ray_engine):
+    fit(make_strategy(engine=ray_engine), rounds=1)  # Ray runs
+    with pytest.raises(ValueError, match=r"num_workers=1000 with cpu=1 each is more than the \d+ cpu"):
+        fit(make_strategy(engine=RayEngine(1000)))
+
+
+def test_the_default_is_serial():
+    assert isinstance(make_strategy().engine, Serial)
+    assert not isinstance(make_strategy().engine, Engine)
