@@ -1,0 +1,107 @@
+"""However a fit ends, nothing of its workers is left, and everybody says why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SCRIPT = str(Path(__file__).with_name("engine_scripts.py"))
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
+MARK = "EDGEBOLT_TEST_RUN"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+]
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "edgebolt-common[ray]"')
+
+
+def marked(mark):
+    """Processes that have inherited a mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def listening(pids):
+    """Addresses, in hexadecimal, on which processes take connections."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    found = set()
+    for pid in pids:
+        try:
+            found |= {
+                sockets[name] for fd in Path(f"/proc/{pid}/fd").iterdir() if (name := os.readlink(fd)) in sockets
+            }
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to that"
+        time.sleep(0.2)
+
+
+@needs_ray
+@pytest.mark.parametrize("everybody", [False, True], ids=["the script alone", "its whole group, as a terminal does"])
+def test_interrupted_ray(everybody, tmp_path):
+    mark = uuid.uuid4().hex
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "ray_slow"],
+            env=os.environ | {MARK: mark, "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    wait_for(lambda: "step 10" in output.read_text() or process.poll() is not None, 90)
+    pids = marked(mark)
+    assert len(pids) > 3, output.read_text()
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert listening(pids) <= loopback
+    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    wait_for(lambda: not marked(mark), 30)
+
+
+def run_ranks(*command):
+    return subprocess.run([*RANKS, *command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_a_rank_raises_ends_all(rank):
+    done = run_ranks("rank_fails", rank)
+    assert done.returncode != 0
+    assert f"ZeroDivisionError: in the module's own code on rank {rank}" in done.stderr
+    other = "Rank 1 failed:" if rank == "1" else "Rank 0 failed:"
+    assert other in done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_dies_ends_all(rank):
+    assert run_ranks("rank_dies", rank).returncode != 0
+
+
+def test_a_group_of_the_users_own_is_refused():
+    done = run_ranks("own_group")
+    assert done.returncode != 0
+    assert "leave out init_process_group" in done.stderr
