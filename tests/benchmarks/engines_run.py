@@ -110,7 +110,8 @@ class Watch(L.Callback):
 
     def on_train_epoch_end(self, trainer, module):
         for outcome in trainer.strategy.outcomes:
-            self.peaks[outcome.report["pid"]] = outcome.report["peak_mb"]
+            if "pid" in outcome.report:
+                self.peaks[outcome.report["pid"]] = outcome.report["peak_mb"]
 
     def on_train_end(self, trainer, module):
         self.ended = time.time()

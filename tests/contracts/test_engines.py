@@ -14,10 +14,13 @@ import pytest
 import torch
 from algorithms import ALGORITHMS, DISTINCT
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import Precision
 from runs import Net, assert_same, exact, fit, make_strategy, make_trainer, state, train_loader, val_loader
 
+import edgebolt.common.engines.job
+import edgebolt.common.engines.ray_engine
 from edgebolt.common.engines import Engine, RayEngine, Serial
-from edgebolt.common.federated import ClientCallback
+from edgebolt.common.federated import IID, ClientCallback
 
 pytest.importorskip("ray")
 
@@ -98,17 +101,17 @@ def test_a_worker_that_dies_is_replaced(ray_engine, tmp_path):
 
 def test_a_visit_whose_worker_dies_three_times_is_a_failed_client(ray_engine, tmp_path):
     with pytest.warns(UserWarning, match="Client 2 counts as failed"):
-        run = fit(make_strategy(engine=ray_engine, per_round=6), rounds=2, callbacks=[Dies(tmp_path, times=3)])
-    assert [row["round/failed"] for row in run.strategy.history] == [1, 0]
-    assert [row["round/delivered"] for row in run.strategy.history] == [5, 6]
+        run = fit(make_strategy(engine=ray_engine, per_round=6), rounds=1, callbacks=[Dies(tmp_path, times=10**6)])
+    assert [(row["round/failed"], row["round/delivered"]) for row in run.strategy.history] == [(1, 5)]
 
 
-def test_when_nothing_can_be_run_the_fit_ends(ray_engine, tmp_path):
+def test_when_nothing_can_be_run_the_fit_ends(ray_engine, tmp_path, monkeypatch):
     class DiesEverywhere(Dies):
         def on_client_start(self, trainer, module, device, visit):
             self.client = device.id
             super().on_client_start(trainer, module, device, visit)
 
+    monkeypatch.setattr(edgebolt.common.engines.ray_engine, "_TRIES", 1)  # a new process takes seconds
     with pytest.raises(RuntimeError, match="visits in a row could not be run"):
         fit(make_strategy(engine=ray_engine, per_round=6), callbacks=[DiesEverywhere(tmp_path, times=10**6)])
 
@@ -130,6 +133,43 @@ def test_what_cannot_be_sent_is_named(ray_engine):
     module.head.lock = threading.Lock()
     with pytest.raises(TypeError, match=r"module\.head\.lock, a lock, cannot be sent to a worker"):
         fit(make_strategy(engine=ray_engine), module)
+
+
+def test_other_versions_are_refused(ray_engine, monkeypatch):
+    fit(make_strategy(engine=ray_engine), rounds=1)  # Ray runs
+    monkeypatch.setattr(edgebolt.common.engines.job, "version", lambda name: "0.0.1")
+    with pytest.raises(RuntimeError, match=r"The worker has .*, the server .*'torch': '0\.0\.1'"):
+        fit(make_strategy(engine=RayEngine(1, {"cpu": 0.1})))
+
+
+def test_data_that_are_not_those_of_the_server_are_refused(ray_engine, tmp_path):
+    class Changing(Data):
+        """Makes other data in every process."""
+
+        def setup(self, stage):
+            super().setup(stage)
+            if threading.current_thread() is not threading.main_thread():
+                self.train = train_loader(dataset=torch.utils.data.Subset(self.train.dataset, range(50)))
+
+    with pytest.raises(ValueError, match="data are not those of the server"):
+        make_trainer(make_strategy(engine=ray_engine, clients=IID(6))).fit(Net(), datamodule=Changing())
+
+
+def test_a_precision_of_ones_own_is_refused(ray_engine):
+    class Own(Precision):
+        pass
+
+    with pytest.raises(ValueError, match="precision plugin of its own, Own"):
+        fit(make_strategy(engine=ray_engine), plugins=[Own()])
+
+
+def test_a_module_may_ask_for_the_length_of_a_round(ray_engine):
+    class Asks(Net):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches > 0
+            return super().configure_optimizers()
+
+    assert_same(fit(make_strategy(engine=ray_engine), Asks()), fit(make_strategy(), Asks()))
 
 
 def test_a_checkpoint_in_mid_round_is_refused(ray_engine, tmp_path):

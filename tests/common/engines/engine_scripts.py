@@ -28,7 +28,7 @@ class FailsOnRank(Net):
         self.rank = rank
 
     def training_step(self, batch, batch_idx):
-        if self.rank == RANK:
+        if self.rank in (RANK, "all"):
             raise ZeroDivisionError(f"in the module's own code on rank {RANK}")
         return super().training_step(batch, batch_idx)
 

@@ -79,9 +79,11 @@ class Engine(ABC):
 
     Attributes:
         ahead: visits that are submitted and not yet answered, at most.
+        collective: other processes wait for the beginning, even where there is no visit.
     """
 
     ahead: int = 0
+    collective: bool = False
 
     @abstractmethod
     def begin(self, job: Job) -> None:

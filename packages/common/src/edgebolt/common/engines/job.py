@@ -94,8 +94,18 @@ def versions() -> dict[str, str]:
 
 
 def _trainer_arguments(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a worker's Trainer shares with the user's: how a step is computed."""
+    """What a worker's Trainer shares with the user's: how a step is computed.
+
+    Raises:
+        ValueError: for a precision plugin of the user's own.
+    """
     found: Any = trainer
+    plugin = type(found.precision_plugin)
+    if not plugin.__module__.startswith("lightning."):
+        raise ValueError(
+            f"The Trainer has a precision plugin of its own, {plugin.__name__}, and workers make theirs from "
+            "Trainer(precision=...): use that, or engine='serial'."
+        )
     return {
         "precision": found.precision,
         "gradient_clip_val": found.gradient_clip_val,

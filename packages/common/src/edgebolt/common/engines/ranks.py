@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from edgebolt.common.federated.strategy import FederatedStrategy
 
 __all__ = ["Ranks"]
+
+_GRACE = timedelta(seconds=10)
+
+Sent: TypeAlias = list[tuple[Any, torch.Tensor]]
 
 _fits = count()  # of this process: each has a group, and all ranks count alike
 
@@ -59,12 +63,14 @@ class Ranks(Engine):
             )
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.timeout = timeout
-        self.ahead = 2**31
+        self.ahead, self.collective = 2**31, True
         self._group: Any = None
         self._module: Any = None
         self._waiting: list[Order] = []  # submitted, and not yet given to a rank
         self._owner: dict[int, int] = {}
-        self._sending: list[tuple[Any, torch.Tensor]] = []
+        self._given: dict[int, Sent] = {}  # orders of other ranks, until they are answered
+        self._early: dict[int, dict[str, Any]] = {}  # answers that came before their turn
+        self._sending: Sent = []  # on rank 0 the weights, elsewhere answers
 
     def __repr__(self) -> str:
         return f"Ranks() with {self.size} processes"
@@ -92,8 +98,7 @@ class Ranks(Engine):
             "initial": job.initial,
             "tensors": dict(_tensors(job.module)),
         }
-        for rank in range(1, self.size):
-            self._send(rank, {"begin": state})
+        self._sending = [work for rank in range(1, self.size) for work in self._send(rank, {"begin": state})]
 
     def submit(self, order: Order) -> None:
         """Note an order; those of an instant are given out together, once the first has its turn."""
@@ -114,14 +119,20 @@ class Ranks(Engine):
         for rank in range(1, self.size):
             mine = [order for order in orders if self._owner[order.number] == rank]
             if mine:
-                self._send(rank, {"orders": _plain_orders(mine)})
+                sent = self._send(rank, {"orders": _plain_orders(mine)})
+                self._given.update((order.number, sent) for order in mine)
 
     def answer(self, order: Order) -> Answer:
         """Receive what a rank has made of a visit."""
         rank = self._owner.pop(order.number)
-        answer = self._receive(rank)
-        if "error" in answer:
-            raise RuntimeError(f"Rank {rank} failed:\n{answer['error']}")
+        while order.number not in self._early:
+            received = self._receive(rank)
+            if "error" in received:
+                raise RuntimeError(f"Rank {rank} failed:\n{received['error']}")
+            number = received.pop("number")
+            self._early[number] = received
+            _wait(self._given.pop(number))  # it has been answered, so it has arrived
+        answer = self._early.pop(order.number)
         message, memory = answer.pop("message"), answer.pop("memory")
         return Answer(
             None if message is None else Message.from_bytes(message.numpy().data),
@@ -141,15 +152,16 @@ class Ranks(Engine):
         """Let the other ranks go: with the final model, or with the error that ends the run."""
         if self._group is None or self.serves:
             return
-        end: dict[str, Any]
-        if failed := sys.exc_info()[1]:
-            end = {"error": "".join(traceback.format_exception(failed))}
-        else:
-            end = {"tensors": dict(_tensors(self._module)), "metrics": self._module.trainer.callback_metrics}
-        for rank in range(1, self.size):
-            self._send(rank, {"end": end})
-        self._wait()
-        self._disconnect()
+        trainer = self._module.trainer
+        end: dict[str, Any] = {"tensors": dict(_tensors(self._module)), "metrics": trainer.callback_metrics}
+        failed = trainer.interrupted
+        if failed:
+            end = {"error": "".join(traceback.format_exception(sys.exc_info()[1]))}
+        try:
+            sent = [work for rank in range(1, self.size) for work in self._send(rank, {"end": end})]
+            (_wait_a_little if failed else _wait)(sent)
+        finally:
+            self._disconnect()
 
     # -------------------------------------------------------------------------------------------- other ranks
 
@@ -165,6 +177,11 @@ class Ranks(Engine):
         self._connect()
         orders = _Orders(self)
         try:
+            if not strategy.optimizers:
+                raise ValueError(
+                    "configure_optimizers() asks for trainer.estimated_stepping_batches, which on ranks only the "
+                    "first knows: write the number of rounds there, or use engine='serial'."
+                )
             begun = self._receive(0)["begin"]
             if begun["versions"] != job.versions:
                 raise RuntimeError(
@@ -176,18 +193,19 @@ class Ranks(Engine):
             with nullcontext() if datamodule is None else already_set_up(datamodule):
                 work(job, orders, self._finish, accelerator)
         except BaseException as error:
-            self._send(0, {"error": "".join(traceback.format_exception(error))})
-            self._wait()
+            _wait_a_little(self._send(0, {"error": "".join(traceback.format_exception(error))}))
             raise
-        self._disconnect()
+        finally:
+            self._disconnect()
         _load_tensors(module, orders.end["tensors"])
         module.trainer = trainer
         trainer.callback_metrics.update(orders.end["metrics"])
 
     def _finish(self, order: Order, answer: Answer) -> None:
-        self._send(
+        self._sending += self._send(
             0,
             {
+                "number": order.number,
                 "message": None if answer.message is None else _bytes(answer.message.to_bytes()),
                 "memory": None if answer.memory is None else _bytes(answer.memory),
                 "loss_sum": answer.loss_sum,
@@ -209,21 +227,19 @@ class Ranks(Engine):
         self._group = distributed.ProcessGroupGloo(own, self.rank, self.size, self.timeout)
 
     def _disconnect(self) -> None:
-        self._group = None
+        self._group = self._module = None
+        self._waiting, self._owner, self._given, self._early, self._sending = [], {}, {}, {}, []
 
-    def _send(self, rank: int, what: dict[str, Any]) -> None:
-        """Tensors and built-ins, without waiting for them to arrive."""
+    def _send(self, rank: int, what: dict[str, Any]) -> Sent:
+        """Tensors and built-ins, without waiting for them to arrive; what is returned must be kept until then."""
         buffer = io.BytesIO()
         torch.save(what, buffer)
         blob = _bytes(buffer.getvalue())
-        self._sending = [(work, sent) for work, sent in self._sending if not work.is_completed()]
-        for tensor in (torch.tensor([len(blob)]), blob):
-            self._sending.append((self._group.send([tensor], rank, 0), tensor))
+        return [(self._group.send([tensor], rank, 0), tensor) for tensor in (torch.tensor([len(blob)]), blob)]
 
-    def _wait(self) -> None:
-        """Until what was sent has arrived."""
-        for work, _ in self._sending:
-            work.wait()
+    def wait(self) -> None:
+        """Until rank 0 has all that it was answered. It takes answers in any order, so it gets to them."""
+        _wait(self._sending)
         self._sending = []
 
     def _receive(self, rank: int) -> dict[str, Any]:
@@ -243,14 +259,19 @@ class _Orders:
         self._kept: list[Order] = []
         self.end: dict[str, Any] = {}
 
+    def _ended(self, end: dict[str, Any]) -> None:
+        """Rank 0's run is over: note its model and metrics, or raise its error."""
+        self.end = end
+        if "error" in end:
+            raise RuntimeError(f"Rank 0 failed:\n{end['error']}")
+
     def __call__(self) -> tuple[Order, bytes | None] | None:
         if not self._kept:
             received = self._ranks._receive(0)
             if "end" in received:
-                self.end = received["end"]
-                if "error" in self.end:
-                    raise RuntimeError(f"Rank 0 failed:\n{self.end['error']}")
+                self._ended(received["end"])
                 return None
+            self._ranks.wait()
             self._kept = _orders(received["orders"])
         order = self._kept.pop(0)
         return order, order.memory
@@ -328,6 +349,21 @@ def _orders(received: dict[str, Any]) -> list[Order]:
             )
         )
     return found
+
+
+def _wait(sent: Sent) -> None:
+    """Until it has arrived; a second wait for one sending would not end, so they are forgotten."""
+    while sent:
+        sent.pop()[0].wait()
+
+
+def _wait_a_little(sent: Sent) -> None:
+    """For somebody who may have failed too, and will not take it."""
+    try:
+        for work, _ in sent:
+            work.wait(_GRACE)
+    except RuntimeError:
+        pass
 
 
 def _bytes(blob: bytes) -> torch.Tensor:

@@ -101,13 +101,16 @@ class RayEngine(Engine):
             RuntimeError: if an actor cannot begin.
         """
         ray = _ray()
+        if job.module.device.type != "cpu" and not self.resources.get("gpu"):
+            raise ValueError(
+                f"The module is on {job.module.device} and the workers have no GPU: give each a share of one with "
+                "resources_per_worker={'gpu': 0.5}, or train on the CPU with Trainer(accelerator='cpu')."
+            )
         blob = dumped(job, ray.cloudpickle.dumps)
-        if not ray.is_initialized():
-            self._started = self.address is None
-            if self._started:
-                _start_here(ray)
-            else:
-                ray.init(self.address, log_to_driver=False)
+        self._connect()
+        if self._threads:  # the last fit was broken off before it could end
+            self._dismiss()
+            self._let_go()
         number = self._fitting(ray.cluster_resources())
         if not self._workers:
             options = {
@@ -127,11 +130,21 @@ class RayEngine(Engine):
         self._orders, self._answers, self._asked = queue.SimpleQueue(), {}, 0
         # Two threads an actor: the next visit is on its way while one is being trained.
         self._threads = [
-            threading.Thread(target=self._pull, args=(worker, self._orders), daemon=True)
+            threading.Thread(target=self._pull, args=(worker, self._orders, self._answers), daemon=True)
             for worker in self._workers * 2
         ]
         for thread in self._threads:
             thread.start()
+
+    def _connect(self) -> None:
+        """To Ray; what is asked of it before would start one by itself, on all of the machine's addresses."""
+        ray = _ray()
+        if not ray.is_initialized():
+            self._started = self.address is None
+            if self._started:
+                _start_here(ray)
+            else:
+                ray.init(self.address, log_to_driver=False)
 
     def _fitting(self, there: dict[str, float]) -> int:
         """How many workers the cluster's resources allow."""
@@ -177,7 +190,12 @@ class RayEngine(Engine):
             raise answer
         return answer
 
-    def _pull(self, worker: _Worker, orders: queue.SimpleQueue[Order | None]) -> None:
+    def _pull(
+        self,
+        worker: _Worker,
+        orders: queue.SimpleQueue[Order | None],
+        answers: dict[int, Answer | BaseException],
+    ) -> None:
         while (order := orders.get()) is not None:
             answer: Answer | BaseException
             try:
@@ -185,11 +203,12 @@ class RayEngine(Engine):
             except BaseException as error:  # it is the user's process that raises it
                 answer = error
             with self._arrived:
-                self._answers[order.number] = answer
+                answers[order.number] = answer
                 self._arrived.notify_all()
 
     def put(self, memory: bytes) -> Any:
         """Into the object store."""
+        self._connect()
         return _ray().put(np.frombuffer(memory, np.uint8))
 
     def get(self, stored: Any) -> bytes:
@@ -232,7 +251,7 @@ class _Worker:
     def __init__(self, kind: Any, *arguments: Any) -> None:
         self._kind, self._arguments = kind, arguments
         self._lock = threading.Lock()
-        self._running: deque[int] = deque()  # orders that the actor has, in the order in which it runs them
+        self._running: deque[int] = deque()  # what this actor has, in the order in which it runs it
         self._stopped = False
         self._actor: Any = None
         self._job: tuple[Any, ...] = ()
@@ -251,8 +270,8 @@ class _Worker:
         failures: list[str] = []
         while True:
             with self._lock:
-                actor = self._actor
-                self._running.append(order.number)
+                actor, running = self._actor, self._running
+                running.append(order.number)
                 answer, memory = actor.run.options(num_returns=2).remote(
                     replace(order, message=_NOTHING, memory=None), order.message, order.memory
                 )
@@ -260,12 +279,11 @@ class _Worker:
                 message, remembers, figures = ray.get(answer)
             except died as error:
                 with self._lock:
-                    blamed = self._running[0] == order.number
-                    self._running.remove(order.number)
+                    blamed = running[0] == order.number
                     if self._stopped:
                         return Answer(None, failure="the run has ended")
                     if actor is self._actor:
-                        self._actor = self._kind.remote(*self._arguments)
+                        self._actor, self._running = self._kind.remote(*self._arguments), deque()
                         self._actor.begin.remote(*self._job)
                 if blamed:
                     failures.append(str(error).strip())
@@ -274,10 +292,10 @@ class _Worker:
                 continue
             except BaseException:
                 with self._lock:
-                    self._running.remove(order.number)
+                    running.remove(order.number)
                 raise
             with self._lock:
-                self._running.remove(order.number)
+                running.remove(order.number)
             received = None if message is None else Message.from_bytes(message.data)
             return Answer(received, memory=memory if remembers else None, **figures)
 

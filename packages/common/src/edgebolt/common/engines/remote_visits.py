@@ -39,6 +39,7 @@ class RemoteVisits(DeviceHalf):
         super().__init__(**kwargs)
         self.engine, self.job, self.cost = engine, job, cost
         self._begun = False
+        self._kept: dict[int, bytes] = {}  # the memories, once the workers are gone
         self._here = False  # the open visit is trained in this process
         self._unheard: dict[int, list[tuple[Visit, int]]] = {}
         self._held: dict[tuple[int, int], dict[str, Any]] = {}  # (client, stage) -> what its order will be made of
@@ -156,7 +157,7 @@ class RemoteVisits(DeviceHalf):
     def memory(self, client: int) -> dict[str, Any]:
         """What one device remembers, fetched."""
         stored = self._stored.get(client)
-        held = {} if stored is None else load_memory(self.engine.get(stored))
+        held = {} if stored is None else load_memory(self._kept.get(client) or self.engine.get(stored))
         memory: dict[str, Any] = move_data_to_device(held, self.module.device)
         if unheard := self._unheard.pop(client, []):
             self.hear(self.make_device(client, memory), unheard)
@@ -165,6 +166,7 @@ class RemoteVisits(DeviceHalf):
 
     def _store(self, client: int, memory: dict[str, Any]) -> None:
         self._stored[client] = self.engine.put(dump_memory(memory)) if memory else None
+        self._kept.pop(client, None)
 
     @property
     def memories(self) -> dict[int, dict[str, Any]]:
@@ -183,8 +185,8 @@ class RemoteVisits(DeviceHalf):
         if self._orders:
             raise RuntimeError(
                 "A checkpoint in mid-round would have to hold visits that other processes run: save at the end of a "
-                "round (ModelCheckpoint without every_n_train_steps and train_time_interval), or use "
-                "engine=Serial()."
+                "round (ModelCheckpoint without every_n_train_steps and train_time_interval; max_epochs instead of "
+                "max_steps and max_time, which end in mid-round), or use engine=Serial()."
             )
         return super().state_dict()
 
@@ -198,8 +200,15 @@ class RemoteVisits(DeviceHalf):
             )
 
     def end(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; what devices remember is kept here, for a checkpoint after the fit."""
         self._attend(True)
+        trainer: Any = self.trainer
+        if not trainer.interrupted:
+            if self.engine.collective and not self._begun:
+                self.engine.begin(self.job(self.initial))
+            for client in list(self._unheard):
+                self.memory(client)  # where it hears of its deliveries
+            self._kept = {c: self.engine.get(stored) for c, stored in self._stored.items() if stored is not None}
         self.engine.end()
 
     def _attend(self, here: bool) -> None:

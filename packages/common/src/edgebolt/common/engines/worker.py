@@ -54,6 +54,11 @@ class WorkerStrategy(FederatedStrategy):
         assert self._visits is not None
         return self._visits
 
+    @property
+    def epoch(self) -> int:
+        """The round of the visit that is trained."""
+        return 0 if self._visits is None else self._visits.epoch
+
     def setup_environment(self) -> None:
         """Nothing of the user's Trainer is here but the device half."""
         super(FederatedStrategy, self).setup_environment()
@@ -76,9 +81,7 @@ class WorkerStrategy(FederatedStrategy):
             self._visits = self._prepare(dataloader)
         else:
             self._visits.data.renew(dataloader)
-        round = self._visits.begin_epoch()
-        trainer: Any = self._trainer
-        trainer.fit_loop.epoch_progress.current.processed = round  # the module reads it as current_epoch
+        self._visits.begin_epoch()
         return self._visits
 
     def _prepare(self, loader: Any) -> VisitLoader:
@@ -144,6 +147,8 @@ class VisitLoader:
         self.order: Order | None = None
         self._next: tuple[Order, bytes | None] | None = None  # received, and not begun
         self.done = 0
+        self.over = False  # there is no visit any more
+        self.epoch = 0
 
     def __len__(self) -> int:
         """More than there will be: Lightning does not prefetch from a loader that has a length."""
@@ -154,18 +159,19 @@ class VisitLoader:
         """Of the open visit."""
         return 0 if self.order is None else self.order.steps
 
-    def begin_epoch(self) -> int:
-        """Wait for a visit and say in which round it takes place."""
+    def begin_epoch(self) -> None:
+        """Wait for a visit; the epoch is the round in which it takes place."""
+        if self.order is not None:
+            raise RuntimeError(f"{self.order.visit} was left before its end: on_train_batch_start gave -1 there.")
         if self._next is None:
             self._next = self._receive()
         if self._next is None:
-            self.devices.trainer.should_stop = True
-            return self.devices.trainer.current_epoch
-        return self._next[0].round
+            self.over = self.devices.trainer.should_stop = True
+        else:
+            self.epoch = self._next[0].round
 
     def __iter__(self) -> Iterator[Any]:
-        round = None if self._next is None else self._next[0].round
-        while self._next is not None and self._next[0].round == round:
+        while self._next is not None and self._next[0].round == self.epoch:
             (order, memory), self._next = self._next, None
             self.open(order, memory)
             if order.steps:
@@ -174,7 +180,8 @@ class VisitLoader:
                 self.close()
             self._next = self._receive()
         if self._next is None:
-            self.devices.trainer.should_stop = True
+            self.over = self.devices.trainer.should_stop = True
+        self.epoch += 1  # or later: Lightning asks for a loader anew where the epoch has moved on
 
     def open(self, order: Order, memory: bytes | None) -> None:
         """The device takes up what it remembers, hears what it has not heard yet, and installs what it is sent."""
@@ -206,6 +213,15 @@ class VisitLoader:
         self.order = None
         flops = devices.sample_flops if order.timed else (0.0, 0.0)
         self._finish(order, Answer(message, float(devices.loss_sum), flops, dump_memory(memory) if memory else None))
+
+
+class WorkerTrainer(pl.Trainer):
+    """Its epoch is the round of the visit that is trained."""
+
+    @property
+    def current_epoch(self) -> int:
+        """What the module reads."""
+        return self.strategy.epoch if isinstance(self.strategy, WorkerStrategy) else super().current_epoch
 
 
 class WorkerHooks(Callback):
@@ -240,11 +256,12 @@ def work(
         finish: takes what a visit has come to; the device's memory in bytes.
         accelerator: on which the module is trained.
     """
-    trainer = pl.Trainer(
+    strategy = WorkerStrategy(job, receive, finish)
+    trainer = WorkerTrainer(
         **job.trainer,
         accelerator=accelerator,
         devices=1,
-        strategy=WorkerStrategy(job, receive, finish),
+        strategy=strategy,
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -258,3 +275,8 @@ def work(
             trainer.fit(job.module, datamodule=job.data)
         else:
             trainer.fit(job.module, job.data)
+    if not strategy.visits.over:
+        raise RuntimeError(
+            "Training was stopped in a worker, by trainer.should_stop perhaps: raise an error there, or stop in a "
+            "callback that is no ClientCallback."
+        )
