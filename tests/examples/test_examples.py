@@ -260,11 +260,9 @@ def test_hat(tmp_path):
 
 @pytest.mark.slow
 def test_engines(tmp_path):
-    pytest.importorskip("ray")
-    outputs = [run(tmp_path, "engines.py", "--rounds", "3", "--engine", engine) for engine in ("serial", "ray")]
-    weights, again = (re.search(r"weights [0-9a-f]{16}", output)[0] for output in outputs)
-    assert weights == again, "the same run, wherever it is trained"
-    assert number(r"accuracy ([\d.]+) after 3 rounds", outputs[0]) > 0.15 and not written(tmp_path)
+    output = run(tmp_path, "engines.py")  # tests/contracts/test_engines.py has the other engines
+    assert number(r"accuracy ([\d.]+) after 20 rounds, Serial", output) > 0.8
+    assert re.search(r"weights [0-9a-f]{16}", output) and not written(tmp_path)
 
 
 @pytest.mark.slow
