@@ -98,7 +98,7 @@ class Engine(ABC):
         """Wait for a visit.
 
         Raises:
-            RuntimeError: with the worker's traceback, if its code raised.
+            Exception: what the worker's code raised, with its traceback.
         """
 
     def here(self, order: Order) -> bool:

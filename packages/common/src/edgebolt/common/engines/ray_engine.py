@@ -1,4 +1,4 @@
-"""Visits on the actors of Ray: on the cores and GPUs of one machine, or of a cluster."""
+"""Visits on the actors of Ray."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = [
     "check_beginning",
     "check_clients",
     "check_dataset",
-    "check_schedules",
+    "check_engine",
     "check_trainable",
     "check_trainer",
     "require_lightning_trainer",
@@ -84,12 +84,18 @@ def check_beginning(trainer: pl.Trainer) -> None:
         )
 
 
-def check_schedules(trainer: pl.Trainer) -> None:
-    """Refuse a schedule of single steps where visits do not follow one another.
+def check_engine(trainer: pl.Trainer) -> None:
+    """Refuse what engines with workers cannot do: schedules of single steps, and GPUs, on which none has been tried.
 
     Raises:
         ValueError: with the remedy.
     """
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        raise ValueError(
+            f"The module is on {device}; engines with workers run on CPUs so far: use Trainer(accelerator='cpu') or "
+            "engine='serial'."
+        )
     if any(config.interval == "step" for config in trainer.strategy.lr_scheduler_configs):
         raise ValueError(
             "The learning rate's schedule has interval='step': it counts the steps of all clients, one client after "

@@ -29,7 +29,7 @@ from edgebolt.common.federated.checks import (
     check_automatic,
     check_beginning,
     check_clients,
-    check_schedules,
+    check_engine,
     check_trainable,
     check_trainer,
     several_optimizers,
@@ -73,7 +73,7 @@ class FederatedStrategy(LocalSteps):
         seed: of everything that is drawn here: cohorts, shuffling, dropout. The partition and the fleet have
             their own.
         engine: where visits are trained: an :class:`~edgebolt.common.engines.Engine` or its name, ``"serial"`` (here,
-            one after the other; the default) or ``"ray"``.
+            one after the other; the default), ``"ranks"`` or ``"ray"``.
         accelerator, checkpoint_io, precision_plugin: as in any Lightning strategy; usually set by the ``Trainer``.
 
     Attributes:
@@ -352,7 +352,7 @@ class FederatedStrategy(LocalSteps):
         if isinstance(self.engine, Serial):
             devices = DeviceHalf(**half)
         else:
-            check_schedules(self._trainer)
+            check_engine(self._trainer)
             source = loader if self._datamodule is None else self._datamodule
 
             def job(initial: Tensors) -> Job:
