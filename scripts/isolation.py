@@ -1,10 +1,11 @@
 """Run inside a clean room, by its Python: ``isolation.py legend`` fails unless edgebolt.legend is alone and light.
 
 Alone: of all edgebolt packages only it and common can be imported, and from this environment. Light: each of its
-modules imports, and none brings in a library that only an extra asks for.
+modules imports, as the first of all too, and none brings in a library that only an extra asks for.
 """
 
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -15,6 +16,24 @@ from pathlib import Path
 def distribution(requirement: str) -> str:
     """The normalised name in a requirement: ``distribution("PyYAML>=6; extra == 'x'")`` is ``pyyaml``."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def imports_first(module: str) -> bool:
+    """Whether ``module`` can be the first of edgebolt's to be imported: a circle shows only in some orders.
+
+    Tried in a fork, for a fresh beginning in which other libraries are there already.
+    """
+    child = os.fork()
+    if child == 0:
+        for name in [name for name in sys.modules if name.startswith("edgebolt.")]:
+            del sys.modules[name]
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def main(name: str) -> None:
@@ -30,10 +49,13 @@ def main(name: str) -> None:
     for library in ("torch", "lightning.pytorch", "torchmetrics"):
         importlib.import_module(library)
     before = set(sys.modules)
-    package = importlib.import_module(f"edgebolt.{name}")
-    for module in pkgutil.walk_packages(package.__path__, f"edgebolt.{name}."):
-        if not module.name.endswith(".__main__"):
-            importlib.import_module(module.name)
+    modules = []
+    for folder in (Path(base, name) for base in namespace):
+        files = [path for path in folder.rglob("*.py") if path.name != "__main__.py"]
+        parts = [path.relative_to(folder.parent).with_suffix("").parts for path in sorted(files)]
+        modules += [".".join(("edgebolt", *part)).removesuffix(".__init__") for part in parts]
+    for module in modules:
+        importlib.import_module(module)
     loaded = {module.partition(".")[0] for module in set(sys.modules) - before}
 
     extra = {distribution(line) for line in metadata.requires(f"edgebolt-{name}") or [] if "extra ==" in line}
@@ -45,6 +67,8 @@ def main(name: str) -> None:
         sys.exit(
             f"importing edgebolt.{name} imports {heavy}, which only an extra asks for: import it where it is used"
         )
+    if circles := [module for module in modules if not imports_first(module)]:
+        sys.exit(f"these cannot be imported before the others: {circles}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from edgebolt.common.engines.choice import EngineLike, chosen_engine
 from edgebolt.common.engines.engine import Serial
 from edgebolt.common.engines.job import Job
 from edgebolt.common.engines.ranks import Ranks
-from edgebolt.common.engines.remote_visits import RemoteVisits
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.checks import (
     check_automatic,
@@ -43,6 +42,7 @@ from edgebolt.common.federated.epoch_counters import align_counters
 from edgebolt.common.federated.local_steps import LocalSteps
 from edgebolt.common.federated.loop import FederatedLoop
 from edgebolt.common.federated.partition import IID
+from edgebolt.common.federated.remote_visits import RemoteVisits
 from edgebolt.common.federated.round_hooks import RoundHooks
 from edgebolt.common.federated.round_loader import EvaluationLoader, RoundLoader
 from edgebolt.common.federated.server import Server
