@@ -1,4 +1,4 @@
-"""Every algorithm on two ranks: ``torchrun --nproc-per-node 2 on_ranks.py FOLDER`` writes what each came to."""
+"""Algorithms on two ranks: ``torchrun --nproc-per-node 2 on_ranks.py FOLDER KIND [NAME...]`` writes their ends."""
 
 import os
 import pickle
@@ -15,11 +15,12 @@ from runs import exact, fit, state
 from edgebolt.common.engines import Ranks
 
 
-def main(folder):
+def main(folder, accelerator, *names):
     torch.set_num_threads(1)
     found = {}
-    for name, row in ALGORITHMS.items():
-        run = fit(*row.make(engine=Ranks()), rounds=row.rounds)
+    for name in names or ALGORITHMS:
+        row = ALGORITHMS[name]
+        run = fit(*row.make(engine=Ranks()), rounds=row.rounds, accelerator=accelerator, devices=1)
         found[name] = {
             "module": exact(run.module.state_dict()),
             "metrics": exact(run.trainer.callback_metrics),
@@ -29,4 +30,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

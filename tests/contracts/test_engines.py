@@ -13,20 +13,19 @@ import lightning as L
 import pytest
 import torch
 from algorithms import ALGORITHMS, DISTINCT
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision
 from runs import Net, assert_same, exact, fit, make_strategy, make_trainer, state, train_loader, val_loader
 
 import edgebolt.common.engines.job
 import edgebolt.common.engines.ray_engine
 from edgebolt.common.engines import Engine, RayEngine, Serial
-from edgebolt.common.federated import IID, ClientCallback
-
-pytest.importorskip("ray")
+from edgebolt.common.federated import IID, ClientCallback, FedAvg, Visit
 
 
 @pytest.fixture(scope="module")
 def ray_engine():
+    pytest.importorskip("ray", reason='needs Ray: pip install "edgebolt-common[ray]"')
     with RayEngine(2, {"cpu": 0.5}) as engine:
         yield engine
 
@@ -45,16 +44,18 @@ def test_ray(name, ray_engine):
     assert exact(run.trainer.callback_metrics) == exact(serial(name).trainer.callback_metrics)
 
 
-def test_ranks(tmp_path):
-    """All algorithms in one start of two ranks, which takes longer than the runs."""
+def on_two_ranks(tmp_path, serial, accelerator, *names):
+    """Algorithms, or all, in one start of two ranks, which takes longer than the runs."""
     script = Path(__file__).with_name("on_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, script, tmp_path, accelerator, *names], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2))
-    assert first.keys() == second.keys() == ALGORITHMS.keys()
+    assert [*first] == [*second] == [*(names or ALGORITHMS)]
     different = {}
-    for name in ALGORITHMS:
+    for name in first:
         expected = {**state(serial(name)), "metrics": exact(serial(name).trainer.callback_metrics)}
         found = {**first[name]["state"], "metrics": first[name]["metrics"]}
         parts = [part for part in expected if found[part] != expected[part]]
@@ -63,6 +64,29 @@ def test_ranks(tmp_path):
         if parts:
             different[name] = parts
     assert not different
+
+
+def test_ranks(tmp_path):
+    on_two_ranks(tmp_path, serial, "cpu")
+
+
+def serial_on_gpu(name):
+    row = ALGORITHMS[name]
+    return fit(*row.make(), rounds=row.rounds, accelerator="gpu", devices=1)
+
+
+@pytest.mark.gpu
+def test_ranks_on_a_gpu(tmp_path):
+    on_two_ranks(tmp_path, serial_on_gpu, "gpu", *DISTINCT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DISTINCT)
+def test_ray_on_a_gpu(name, ray_engine):
+    """Two workers share it."""
+    row, engine = ALGORITHMS[name], RayEngine(2, {"cpu": 0.5, "gpu": 0.5})
+    run = fit(*row.make(engine=engine), rounds=row.rounds, accelerator="gpu", devices=1)
+    assert_same(run, serial_on_gpu(name))
 
 
 @pytest.mark.parametrize("name", DISTINCT)
@@ -102,6 +126,14 @@ def test_a_visit_whose_worker_dies_three_times_is_a_failed_client(ray_engine, tm
     assert [(row["round/failed"], row["round/delivered"]) for row in run.strategy.history] == [(1, 5)]
 
 
+def test_a_worker_that_dies_between_fits_is_replaced(ray_engine):
+    import ray
+
+    fit(make_strategy(engine=ray_engine), rounds=1)
+    ray.kill(ray_engine._workers[0]._actor)
+    assert_same(fit(make_strategy(engine=ray_engine)), fit(make_strategy()))
+
+
 def test_when_nothing_can_be_run_the_fit_ends(ray_engine, tmp_path, monkeypatch):
     class DiesEverywhere(Dies):
         def on_client_start(self, trainer, module, device, visit):
@@ -139,14 +171,15 @@ def test_other_versions_are_refused(ray_engine, monkeypatch):
         fit(make_strategy(engine=RayEngine(1, {"cpu": 0.1})))
 
 
-def test_data_that_are_not_those_of_the_server_are_refused(ray_engine, tmp_path):
+@pytest.mark.parametrize("rows", [range(50), range(55, -1, -1)])
+def test_data_that_are_not_those_of_the_server_are_refused(rows, ray_engine):
     class Changing(Data):
         """Makes other data in every process."""
 
         def setup(self, stage):
             super().setup(stage)
             if threading.current_thread() is not threading.main_thread():
-                self.train = train_loader(dataset=torch.utils.data.Subset(self.train.dataset, range(50)))
+                self.train = train_loader(dataset=torch.utils.data.Subset(self.train.dataset, rows))
 
     with pytest.raises(ValueError, match="data are not those of the server"):
         make_trainer(make_strategy(engine=ray_engine, clients=IID(6))).fit(Net(), datamodule=Changing())
@@ -156,15 +189,19 @@ def test_a_precision_of_ones_own_is_refused(ray_engine):
     class Own(Precision):
         pass
 
-    with pytest.raises(ValueError, match="precision plugin of its own, Own"):
+    with pytest.raises(ValueError, match="precision plugin, Own, that workers cannot make"):
         fit(make_strategy(engine=ray_engine), plugins=[Own()])
 
 
 def test_a_module_may_ask_for_the_length_of_a_round(ray_engine):
     class Asks(Net):
         def configure_optimizers(self):
-            assert self.trainer.estimated_stepping_batches > 0
+            self.length = int(self.trainer.estimated_stepping_batches)  # infinite in a Trainer without end
             return super().configure_optimizers()
+
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.max_epochs == 3 and self.length > 0
+            return super().training_step(batch, batch_idx)
 
     assert_same(fit(make_strategy(engine=ray_engine), Asks()), fit(make_strategy(), Asks()))
 
@@ -173,6 +210,18 @@ def test_a_checkpoint_in_mid_round_is_refused(ray_engine, tmp_path):
     save = ModelCheckpoint(tmp_path, every_n_train_steps=1)
     with pytest.raises(RuntimeError, match="save at the end of a round"):
         fit(make_strategy(engine=ray_engine), callbacks=[save])
+
+
+def test_after_an_error_no_worker_is_left_busy(ray_engine, tmp_path):
+    class Raises(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            raise ZeroDivisionError("in a callback of the user's")
+
+    save = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="save at the end of a round") as error:
+        fit(make_strategy(engine=ray_engine), callbacks=[Raises(), save])
+    assert isinstance(error.value.__context__, ZeroDivisionError)
+    assert not ray_engine._threads
 
 
 def test_a_checkpoint_of_mid_round_is_refused(ray_engine, tmp_path):
@@ -215,6 +264,68 @@ def test_a_datamodule_travels_without_its_data(ray_engine):
     assert models[0] == models[1]
 
 
+def test_a_datamodule_may_make_another_loader_for_each_round(ray_engine):
+    class ByRound(Data):
+        def train_dataloader(self):
+            return train_loader(batch_size=4 + self.trainer.current_epoch)
+
+    models = []
+    for engine in ("serial", ray_engine):
+        module = Net()
+        make_trainer(make_strategy(engine=engine)).fit(module, datamodule=ByRound())
+        models.append(exact(module.state_dict()))
+    assert models[0] == models[1]
+
+
+def test_a_modules_loader_that_changes_is_refused(ray_engine):
+    class ByRound(Net):
+        def train_dataloader(self):
+            return train_loader(batch_size=4 + self.trainer.current_epoch)
+
+    with pytest.raises(ValueError, match=r"'batch_size': 5.*train_dataloader\(\) of a LightningDataModule"):
+        make_trainer(make_strategy(engine=ray_engine)).fit(ByRound())
+
+
+class Draws(Net):
+    """Sets its learning rate late, and draws where nobody seeds."""
+
+    def configure_optimizers(self):
+        return self.make_optimizer()
+
+    def on_train_epoch_start(self):
+        for group in self.optimizers().param_groups:
+            group["lr"] = 0.1 / (1 + self.current_epoch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("drawn", torch.rand(()), batch_size=1)
+
+
+class Installs(ClientCallback):
+    def install(self, device, visit, tensors):
+        return {name: tensor + 0.01 * torch.rand_like(tensor) for name, tensor in tensors.items()}
+
+
+def test_what_is_drawn_and_set_between_visits(ray_engine):
+    runs = [fit(make_strategy(engine=engine), Draws(), callbacks=[Installs()]) for engine in ("serial", ray_engine)]
+    assert_same(*runs)
+    assert exact(runs[0].trainer.callback_metrics) == exact(runs[1].trainer.callback_metrics)
+
+
+class ManyAtOnce(FedAvg):
+    """Client 0 is visited three times at one instant, and an engine has eight visits at once."""
+
+    def plan(self, server):
+        between = [Visit(client, 2, lane=f"{client}", stage=2) for client in range(1, 6)]
+        of_0 = [Visit(0, 2, lane=f"of 0, {stage}", stage=stage) for stage in (0, 1, 4)]
+        return [*of_0[:2], *between, Visit(1, 2, lane="of 1", stage=3), of_0[2]]
+
+
+def test_visits_of_a_device_at_one_instant_keep_their_order(ray_engine):
+    runs = [fit(make_strategy(ManyAtOnce(moments="keep"), engine=engine)) for engine in ("serial", ray_engine)]
+    assert ray_engine.ahead == 8
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize(
     ("engine", "error", "match"),
     [
@@ -245,8 +356,24 @@ def test_workers_that_are_none(arguments, match):
 
 def test_more_workers_than_there_are(ray_engine):
     fit(make_strategy(engine=ray_engine), rounds=1)  # Ray runs
-    with pytest.raises(ValueError, match=r"num_workers=1000 with cpu=1 each is more than the \d+ cpu"):
+    with pytest.raises(ValueError, match=r"num_workers=1000 with 1 cpu each .*, \d+ cpu in all, which are enough for"):
         fit(make_strategy(engine=RayEngine(1000)))
+
+
+def test_a_worker_has_to_fit_into_one_machine():
+    pytest.importorskip("ray", reason="the engine needs Ray")
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 1.0}]
+    assert RayEngine(resources_per_worker={"cpu": 2})._fitting(nodes) == 5
+    assert RayEngine(resources_per_worker={"gpu": 0.6})._fitting(nodes) == 3
+    assert RayEngine(resources_per_worker={"cpu": 2, "gpu": 0.25})._fitting(nodes) == 5
+    with pytest.raises(ValueError, match=r"2 machine\(s\) of Ray have, 11 cpu in all, which are enough for 0"):
+        RayEngine(1, {"cpu": 9})._fitting(nodes)
+
+
+def test_another_ray_than_the_one_there_is(ray_engine):
+    fit(make_strategy(engine=ray_engine), rounds=1)  # Ray runs
+    with pytest.raises(ValueError, match=r"address='10.0.0.1:6379', and this process is connected to Ray at"):
+        fit(make_strategy(engine=RayEngine(1, address="10.0.0.1:6379")))
 
 
 def test_the_default_is_serial():

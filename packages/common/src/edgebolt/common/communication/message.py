@@ -136,6 +136,20 @@ class Message:
         message._fill(dict(self.tensors), self._layout, {**self.header, **fields})
         return message
 
+    def to(self, device: torch.device) -> "Message":
+        """Returns the message with its tensors on a device; itself where they are there.
+
+        Example::
+
+            >>> Message({"weight": torch.ones(2)}).to(torch.device("cpu")).nbytes
+            126
+        """
+        if all(tensor.device == device for tensor in self.tensors.values()):
+            return self
+        message = object.__new__(Message)
+        message._fill({name: tensor.to(device) for name, tensor in self.tensors.items()}, self._layout, self.header)
+        return message
+
     def is_finite(self) -> bool:
         """Returns False if any floating tensor holds a NaN or an infinity; an empty message is finite."""
         return all(is_finite(tensor) for tensor in self.tensors.values() if tensor.is_floating_point())

@@ -6,14 +6,22 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from edgebolt.common.communication import Message
 
 if TYPE_CHECKING:
     from edgebolt.common.devices import DeviceProfile
     from edgebolt.common.engines.job import Job
+    from edgebolt.common.federated.strategy import FederatedStrategy
     from edgebolt.common.federated.visit import Visit
 
-__all__ = ["Answer", "Engine", "Order", "Serial"]
+__all__ = ["AWAY", "UNHEARD", "Answer", "Engine", "Order", "Serial"]
+
+AWAY = "edgebolt.away"
+"""Key of a note that stands, in a checkpoint, for a memory that stays with its device."""
+UNHEARD = "edgebolt.unheard"
+"""Key, beside it, of the visits of which that device has not yet heard that their updates were taken."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,15 @@ class Engine(ABC):
     Attributes:
         ahead: visits that are submitted and not yet answered, at most.
         collective: other processes wait for the beginning, even where there is no visit.
+        failures: visits in a row that could not be run, which end the run.
+        memories_stay: device memories stay with the devices. What :meth:`get` gives is then a note in place of one,
+            for checkpoints: ``{AWAY: name}``, which :meth:`put` takes back; no hook of the device half sees it.
     """
 
     ahead: int = 0
     collective: bool = False
+    failures: int = 5
+    memories_stay: bool = False
 
     @abstractmethod
     def begin(self, job: Job) -> None:
@@ -100,6 +113,19 @@ class Engine(ABC):
         Raises:
             Exception: what the worker's code raised, with its traceback.
         """
+
+    @property
+    def serves(self) -> bool:
+        """Whether the ``Trainer.fit`` of this process trains what that of another asks for; default: no."""
+        return False
+
+    def serve(self, strategy: FederatedStrategy, loader: Any) -> None:
+        """Train what the other asks for, where this one :attr:`serves`, until it ends the run."""
+        raise NotImplementedError
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """On which this process trains, of the kind that the accelerator has chosen; default: the chosen one."""
+        return chosen
 
     def here(self, order: Order) -> bool:
         """Whether the visit, whose turn it is, is to be trained in the Trainer's own process; default: never."""
@@ -124,5 +150,11 @@ class Serial:
     Exact, debuggable, and the only one whose runs can be saved and resumed in mid-round.
     """
 
+    serves = False
+
     def __repr__(self) -> str:
         return "Serial()"
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """The one that the accelerator has chosen."""
+        return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from edgebolt.common.communication import Tensors
 
@@ -19,10 +24,10 @@ if TYPE_CHECKING:
     from edgebolt.common.devices import CostModel
     from edgebolt.common.federated.algorithm import Algorithm
     from edgebolt.common.federated.client import ClientCallback
-    from edgebolt.common.federated.client_data import Clients
+    from edgebolt.common.federated.client_data import ClientData, Clients
     from edgebolt.common.federated.strategy import FederatedStrategy
 
-__all__ = ["Job", "already_set_up", "versions"]
+__all__ = ["Job", "already_set_up", "digest", "versions"]
 
 
 @dataclass
@@ -36,7 +41,9 @@ class Job:
         clients: the partition, which every worker makes anew, or what the clients brought.
         data: the ``LightningDataModule``, from before its ``setup``, or the training loader where there is none.
         samples: training samples of each client, shape ``[population]``; a worker that comes to others is refused.
+        batches: digest of a few of their batches, for the same end; empty: there is none.
         trainer: arguments of the worker's ``Trainer``.
+        horizon: the user's ``max_epochs`` and ``estimated_stepping_batches``, which the module may ask for.
         cost: what has been counted, and how the rest is.
         seed: of the run.
         initial: what every device has from the beginning.
@@ -49,25 +56,30 @@ class Job:
     clients: Clients
     data: Any
     samples: np.ndarray
+    batches: str
     trainer: dict[str, Any]
+    horizon: tuple[Any, Any]
     cost: CostModel
     seed: int
     initial: Tensors
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, strategy: FederatedStrategy, data: Any, samples: np.ndarray, initial: Tensors) -> Job:
-        """What a fit's strategy knows, and what it has been given for its workers."""
+    def of(cls, strategy: FederatedStrategy, data: Any, initial: Tensors, known: ClientData | None = None) -> Job:
+        """What a fit's strategy knows, and what it has been given for its workers; ``known``: the server's data."""
         module = strategy.lightning_module
         assert module is not None
+        trainer = module.trainer
         return cls(
             module=module,
             callbacks=strategy.client_callbacks,
             algorithm=strategy.algorithm,
             clients=strategy.clients,
             data=data,
-            samples=samples,
-            trainer=_trainer_arguments(module.trainer),
+            samples=np.zeros(0) if known is None else known.samples,
+            batches="" if known is None else digest(known),
+            trainer=_trainer_arguments(trainer),
+            horizon=(None, None) if known is None else (trainer.max_epochs, trainer.estimated_stepping_batches),
             cost=strategy.cost,
             seed=strategy.seed,
             initial=initial,
@@ -77,8 +89,11 @@ class Job:
 
 @contextmanager
 def already_set_up(part: Any) -> Iterator[None]:
-    """No hook that sets up a module or datamodule does anything: those of the instance hide those of its class."""
-    hooks = ("setup", "configure_model", "prepare_data")
+    """No hook that sets up a module or datamodule does anything, nor the one that undoes it.
+
+    Those of the instance hide those of its class.
+    """
+    hooks = ("setup", "configure_model", "prepare_data", "teardown")
     for hook in hooks:
         setattr(part, hook, lambda *args, **kwargs: None)
     try:
@@ -86,6 +101,34 @@ def already_set_up(part: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             delattr(part, hook)
+
+
+def digest(data: ClientData) -> str:
+    """One line for the first batches of the first and the last client, in their stored order.
+
+    Only tensors, arrays and strings in them count. Empty, if two looks differ: such data are made anew each time.
+    """
+
+    def look() -> str:
+        found = hashlib.sha256()
+
+        def add(part: Any) -> Any:
+            if isinstance(part, torch.Tensor):
+                part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
+            return part
+
+        with isolate_rng():
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            for client in sorted({0, len(data.samples) - 1}):
+                if data.samples[client]:
+                    apply_to_collection(next(iter(data.loader(client))), (torch.Tensor, np.ndarray, str), add)
+        return found.hexdigest()
+
+    first = look()
+    return first if look() == first else ""
 
 
 def versions() -> dict[str, str]:
@@ -101,15 +144,19 @@ def _trainer_arguments(trainer: pl.Trainer) -> dict[str, Any]:
     """
     found: Any = trainer
     plugin = type(found.precision_plugin)
-    if not plugin.__module__.startswith("lightning."):
+    if plugin not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
         raise ValueError(
-            f"The Trainer has a precision plugin of its own, {plugin.__name__}, and workers make theirs from "
-            "Trainer(precision=...): use that, or engine='serial'."
+            f"The Trainer has a precision plugin, {plugin.__name__}, that workers cannot make anew from "
+            "Trainer(precision=...): use one of '32-true', '64-true', '16-true', 'bf16-true', '16-mixed' and "
+            "'bf16-mixed', or engine='serial'."
         )
+    deterministic: bool | str = torch.are_deterministic_algorithms_enabled()
+    if deterministic and torch.is_deterministic_algorithms_warn_only_enabled():
+        deterministic = "warn"
     return {
         "precision": found.precision,
         "gradient_clip_val": found.gradient_clip_val,
         "gradient_clip_algorithm": found.gradient_clip_algorithm,
         "detect_anomaly": torch.is_anomaly_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": deterministic,
     }

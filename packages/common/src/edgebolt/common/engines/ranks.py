@@ -12,7 +12,6 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
@@ -95,6 +94,8 @@ class Ranks(Engine):
         state = {
             "versions": job.versions,
             "samples": torch.as_tensor(job.samples),
+            "batches": job.batches,
+            "horizon": job.horizon,
             "initial": job.initial,
             "tensors": dict(_tensors(job.module)),
         }
@@ -173,7 +174,7 @@ class Ranks(Engine):
         assert module is not None
         trainer: Any = module.trainer
         datamodule = trainer.datamodule
-        job = Job.of(strategy, loader if datamodule is None else datamodule, np.zeros(0), {})
+        job = Job.of(strategy, loader if datamodule is None else datamodule, {})
         self._connect()
         orders = _Orders(self)
         try:
@@ -187,11 +188,13 @@ class Ranks(Engine):
                 raise RuntimeError(
                     f"Rank {self.rank} has {job.versions}, rank 0 {begun['versions']}: install the same versions."
                 )
-            job = replace(job, samples=begun["samples"].numpy(), initial=begun["initial"])
+            known = {name: begun[name] for name in ("batches", "horizon", "initial")}
+            job = replace(job, samples=begun["samples"].numpy(), **known)
             _load_tensors(module, begun["tensors"])
-            accelerator = "gpu" if strategy.root_device.type == "cuda" else "cpu"
+            device = strategy.root_device
+            chosen = ("gpu", [device.index]) if device.type == "cuda" else ("cpu", 1)
             with nullcontext() if datamodule is None else already_set_up(datamodule):
-                work(job, orders, self._finish, accelerator)
+                work(job, orders, self._finish, *chosen)
         except BaseException as error:
             _wait_a_little(self._send(0, {"error": "".join(traceback.format_exception(error))}))
             raise

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import queue
 import sys
+import tempfile
 import threading
 from collections import OrderedDict, deque
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from edgebolt.common.communication import Message
 from edgebolt.common.engines.engine import Answer, Engine, Order
@@ -24,6 +28,7 @@ __all__ = ["RayEngine"]
 
 _TRIES = 3
 _NOTHING = Message({})  # in place of one that travels apart
+_PATIENCE = 60.0  # seconds, after which the user hears that a worker has not begun
 _SHARED = 16  # messages in Ray's object store that many visits may be sent
 
 
@@ -44,7 +49,7 @@ class RayEngine(Engine):
         resources_per_worker: what Ray sets aside for each: ``"cpu"`` (default 1, also its number of threads),
             ``"gpu"`` (a share such as 0.25 lets four actors use one) and your own names.
         address: of a running cluster, as in ``ray.init``: ``"auto"``, ``"host:port"``. ``None``: the one that this
-            process is connected to, or else a new one on this machine.
+            process is connected to, or else a new one on this machine, whatever ``RAY_ADDRESS`` says.
 
     Raises:
         ImportError: without Ray: ``pip install "edgebolt-common[ray]"``.
@@ -111,8 +116,9 @@ class RayEngine(Engine):
         if self._threads:  # the last fit was broken off before it could end
             self._dismiss()
             self._let_go()
-        number = self._fitting(ray.cluster_resources())
-        if not self._workers:
+        number = self._fitting([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        kept = bool(self._workers)
+        if not kept:
             options = {
                 "num_cpus": self.resources["cpu"],
                 "num_gpus": self.resources.get("gpu", 0.0),
@@ -122,10 +128,18 @@ class RayEngine(Engine):
             self._workers = [_Worker(kind, job.versions, options) for _ in range(number)]
         stored = ray.put(np.frombuffer(blob, np.uint8))
         begun = [worker.begin(stored, list(sys.path)) for worker in self._workers]
-        try:
-            ray.get(begun)
-        except ray.exceptions.RayActorError as error:
-            raise RuntimeError(f"A worker could not begin: {error}") from error
+        for worker, started in zip(self._workers, begun, strict=True):
+            while not ray.wait([started], timeout=_PATIENCE)[0]:
+                rank_zero_warn(
+                    f"A worker has not begun within {_PATIENCE:g} s: Ray may be waiting for {self.resources}, which "
+                    "others use (`ray status` says), or an import takes long."
+                )
+            try:
+                ray.get(started)
+            except ray.exceptions.RayActorError as error:
+                if not kept:
+                    raise RuntimeError(f"A worker could not begin: {error}") from error
+                ray.get(worker.anew())  # it has died since the last fit
         self.ahead = 4 * number
         self._orders, self._answers, self._asked = queue.SimpleQueue(), {}, 0
         # Two threads an actor: the next visit is on its way while one is being trained.
@@ -145,23 +159,38 @@ class RayEngine(Engine):
                 _start_here(ray)
             else:
                 ray.init(self.address, log_to_driver=False)
+        elif self.address not in (None, "auto"):
+            there = ray.get_runtime_context().gcs_address
+            if there != self.address:
+                raise ValueError(
+                    f"address={self.address!r}, and this process is connected to Ray at {there}: leave out address, "
+                    "or call ray.shutdown() before."
+                )
 
-    def _fitting(self, there: dict[str, float]) -> int:
-        """How many workers the cluster's resources allow."""
+    def _fitting(self, nodes: list[dict[str, float]]) -> int:
+        """How many workers the nodes' resources allow; each has to fit into one node."""
         names = {"cpu": "CPU", "gpu": "GPU"}
-        fit = {
-            name: int(there.get(names.get(name, name), 0.0) / amount + 1e-9)
-            for name, amount in self.resources.items()
-            if amount
-        }
-        scarce = min(fit, key=lambda name: fit[name])
-        if fit[scarce] < (self.num_workers or 1):
+
+        def fit(node: dict[str, float], name: str) -> int:
+            there, amount = node.get(names.get(name, name), 0.0), self.resources[name]
+            if name == "gpu" and amount < 1:  # a share is of one GPU
+                return int(there) * int(1 / amount + 1e-9)
+            return int(there / amount + 1e-9)
+
+        asked = [name for name, amount in self.resources.items() if amount]
+        fitting = sum(min(fit(node, name) for name in asked) for node in nodes)
+        if fitting < (self.num_workers or 1):
+            totals = {name: sum(node.get(names.get(name, name), 0.0) for node in nodes) for name in asked}
             raise ValueError(
-                f"num_workers={self.num_workers} with {scarce}={self.resources[scarce]:g} each is more than the "
-                f"{there.get(names.get(scarce, scarce), 0.0):g} {scarce} that Ray has here, which are enough for "
-                f"{fit[scarce]}: use fewer workers, or less for each with resources_per_worker={{{scarce!r}: ...}}."
+                f"num_workers={self.num_workers} with {self._words(self.resources)} each is more than the "
+                f"{len(nodes)} machine(s) of Ray have, {self._words(totals)} in all, which are enough for {fitting}: "
+                "use fewer workers, or less for each with resources_per_worker=..."
             )
-        return self.num_workers or fit[scarce]
+        return self.num_workers or fitting
+
+    @staticmethod
+    def _words(amounts: dict[str, float]) -> str:
+        return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
     def submit(self, order: Order) -> None:
         """Queue an order; the next idle actor takes it."""
@@ -263,6 +292,11 @@ class _Worker:
             self._actor = self._kind.remote(*self._arguments)
         return self._actor.begin.remote(*job)
 
+    def anew(self) -> Any:
+        """Another actor in place of one that has died; what is returned is there when it has begun."""
+        self._actor, self._running = self._kind.remote(*self._arguments), deque()
+        return self._actor.begin.remote(*self._job)
+
     def run(self, order: Order) -> Answer:
         """Run a visit, again if the actor dies with it."""
         ray = _ray()
@@ -283,8 +317,7 @@ class _Worker:
                     if self._stopped:
                         return Answer(None, failure="the run has ended")
                     if actor is self._actor:
-                        self._actor, self._running = self._kind.remote(*self._arguments), deque()
-                        self._actor.begin.remote(*self._job)
+                        self.anew()
                 if blamed:
                     failures.append(str(error).strip())
                 if len(failures) == _TRIES:
@@ -335,9 +368,16 @@ class _Actor:
         self._thread.start()
 
     def _work(self, job: Job) -> None:
+        import lightning.pytorch as pl
+        from filelock import FileLock
+
         from edgebolt.common.engines.worker import work
 
         try:
+            if isinstance(job.data, pl.LightningDataModule):
+                with FileLock(Path(tempfile.gettempdir(), f"edgebolt-prepare-data-{getpass.getuser()}.lock")):
+                    job.data.prepare_data()  # which Lightning lets one process of a machine do
+                job.data.prepare_data = lambda: None  # type: ignore[method-assign]
             work(job, self._orders.get, self._finish, self._accelerator)
         except BaseException as error:
             self._answers.put(error)
@@ -374,7 +414,7 @@ def _start_here(ray: Any) -> None:
     cluster, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(variable)
     ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error")
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster
         if before is None:

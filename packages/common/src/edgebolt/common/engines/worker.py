@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from edgebolt.common.engines.engine import Answer, Order
-from edgebolt.common.engines.job import Job, already_set_up
+from edgebolt.common.engines.job import Job, already_set_up, digest
 from edgebolt.common.engines.memory import dump_memory, load_memory
 from edgebolt.common.federated.client_data import ClientData, make_client_data
 from edgebolt.common.federated.device import Device
@@ -79,9 +79,12 @@ class WorkerStrategy(FederatedStrategy):
         """The user's loader says how batches are made."""
         if self._visits is None:
             self._visits = self._prepare(dataloader)
-        else:
-            self._visits.data.renew(dataloader)
+        asked_for = self.epoch
         self._visits.begin_epoch()
+        datamodule = self.job.data if isinstance(self.job.data, pl.LightningDataModule) else None
+        if datamodule is not None and self.epoch != asked_for:  # it may make another loader for this round
+            dataloader = datamodule.train_dataloader()
+        self._visits.data.renew(dataloader)
         return self._visits
 
     def _prepare(self, loader: Any) -> VisitLoader:
@@ -93,6 +96,11 @@ class WorkerStrategy(FederatedStrategy):
                 f"This worker's data are not those of the server: {int(data.samples.sum())} samples of "
                 f"{len(data.samples)} clients here, {int(job.samples.sum())} of {len(job.samples)} there, or not "
                 "the same. Let setup() and the partition depend on seeds of their own."
+            )
+        if job.batches and digest(data) != job.batches:
+            raise ValueError(
+                "This worker's data are not those of the server: its clients have as many samples, and the first ones "
+                "are others. Let setup() and the partition depend on seeds of their own."
             )
 
         def make_device(client: int, memory: dict[str, Any]) -> Device:
@@ -195,7 +203,8 @@ class VisitLoader:
         devices.memories = {order.visit.client: held}
         if order.delivered:
             devices.hear(devices.make_device(order.visit.client, held), order.delivered)
-        devices.open(order.visit, order.message, order.round)
+        device = devices.module.device
+        devices.open(order.visit, order.message.to(device), order.round)
 
     def step_done(self, loss: torch.Tensor | None) -> None:
         """Book a step; the last one closes the visit."""
@@ -216,7 +225,19 @@ class VisitLoader:
 
 
 class WorkerTrainer(pl.Trainer):
-    """Its epoch is the round of the visit that is trained."""
+    """Its epoch is the round of the visit that is trained, and its end is that of the user's Trainer."""
+
+    horizon: tuple[Any, Any] = (None, None)
+
+    @property
+    def max_epochs(self) -> int | None:
+        """What the module reads; the worker itself goes on until there are no more visits."""
+        return super().max_epochs if self.horizon[0] is None else self.horizon[0]
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """What the module reads."""
+        return super().estimated_stepping_batches if self.horizon[1] is None else self.horizon[1]
 
     @property
     def current_epoch(self) -> int:
@@ -247,6 +268,7 @@ def work(
     receive: Callable[[], tuple[Order, bytes | None] | None],
     finish: Callable[[Order, Answer], None],
     accelerator: str = "auto",
+    devices: list[int] | int = 1,
 ) -> None:
     """Train visits until there are no more, in this thread.
 
@@ -255,12 +277,13 @@ def work(
         receive: waits for the next order, and the memory that goes with it; ``None``: there is none any more.
         finish: takes what a visit has come to; the device's memory in bytes.
         accelerator: on which the module is trained.
+        devices: which one, as in a Trainer.
     """
     strategy = WorkerStrategy(job, receive, finish)
     trainer = WorkerTrainer(
         **job.trainer,
         accelerator=accelerator,
-        devices=1,
+        devices=devices,
         strategy=strategy,
         max_epochs=-1,
         limit_val_batches=0,
@@ -270,6 +293,7 @@ def work(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.horizon = job.horizon
     with already_set_up(job.module):
         if isinstance(job.data, pl.LightningDataModule):
             trainer.fit(job.module, datamodule=job.data)

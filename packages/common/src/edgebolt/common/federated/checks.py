@@ -19,6 +19,7 @@ __all__ = [
     "check_clients",
     "check_dataset",
     "check_engine",
+    "check_same_loader",
     "check_trainable",
     "check_trainer",
     "require_lightning_trainer",
@@ -85,22 +86,34 @@ def check_beginning(trainer: pl.Trainer) -> None:
 
 
 def check_engine(trainer: pl.Trainer) -> None:
-    """Refuse what engines with workers cannot do: schedules of single steps, and GPUs, on which none has been tried.
+    """Refuse what engines with workers cannot do: schedules of single steps.
 
     Raises:
         ValueError: with the remedy.
     """
-    device = trainer.strategy.root_device
-    if device.type != "cpu":
-        raise ValueError(
-            f"The module is on {device}; engines with workers run on CPUs so far: use Trainer(accelerator='cpu') or "
-            "engine='serial'."
-        )
     if any(config.interval == "step" for config in trainer.strategy.lr_scheduler_configs):
         raise ValueError(
             "The learning rate's schedule has interval='step': it counts the steps of all clients, one client after "
             "the other, and with this engine they train side by side. Use interval='epoch', which is a round, or "
             "engine='serial'."
+        )
+
+
+def check_same_loader(first: Any, loader: Any) -> None:
+    """Refuse a training loader that changes by round where workers keep the first one.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    before, now = (
+        {name: getattr(each, name, None) for name in ("batch_size", "drop_last")}
+        | {"sampler": type(getattr(each, "sampler", None)).__name__}
+        for each in (first, loader)
+    )
+    if before != now:
+        raise ValueError(
+            f"The training loader has changed, from {before} to {now}, and workers keep the first: make it in the "
+            "train_dataloader() of a LightningDataModule, which workers ask every round, or use engine='serial'."
         )
 
 

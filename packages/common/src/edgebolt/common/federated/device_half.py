@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgebolt.common.communication import Message, Tensors
+from edgebolt.common.engines.engine import AWAY, UNHEARD
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.client import ClientCallback, copy_of
 from edgebolt.common.federated.device import Device
@@ -41,11 +42,13 @@ class DeviceHalf:
     Attributes:
         memories: client -> what the device remembers. Only device code may touch it.
         ahead: visits that may run before their turn; 0: each runs in its turn, here.
+        memories_stay: memories are on real devices, and checkpoints have their names alone.
         loss_sum: of the open visit's steps, or of the last one.
         sample_flops: of the visit that was closed last, if its steps are timed: all, and those of forward passes.
     """
 
     ahead = 0
+    memories_stay = False
 
     def __init__(
         self,
@@ -112,15 +115,20 @@ class DeviceHalf:
                 counter.copy_(value)
 
     def begin_round(self) -> None:
-        """Note the optimizer's groups: the last visits of a round are opened after its schedule has moved on."""
+        """Forget the optimizer's groups; the round's first visit notes them, after ``on_train_epoch_start``."""
+        self.groups = []
+
+    def note_groups(self) -> None:
+        """Note the optimizer's groups, once a round: its last visits are opened after the schedule has moved on."""
+        if self.groups:
+            return
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.groups = [{name: copy_of(value) for name, value in g.items() if name != "params"} for g in groups]
 
     def _device_of(self, visit: Visit) -> Device:
         self.touched.add(visit.client)
         device = self.make_device(visit.client, self._memory_for(visit.client))
-        if not self.groups:  # the module asked for the round's length before it had an optimizer
-            self.begin_round()
+        self.note_groups()
         device.groups = self.groups
         if visit.base is not None:
             device.round = visit.base  # it goes on with the random numbers of that round
@@ -135,6 +143,7 @@ class DeviceHalf:
         self.device = self._device_of(visit)
         if message is None:
             return
+        self._seed_visit(visit, round)
         memory = self.device.memory
         tensors = {} if visit.start is None else self.algorithm.down.decode(message, memory)
         for callback in self.callbacks:
@@ -149,14 +158,22 @@ class DeviceHalf:
     def _begin(self, visit: Visit, round: int) -> None:
         assert self.device is not None
         self.visit = visit
-        self._step_seed = visit.done + derive(self.seed, "visit", visit.origin(round), visit.stage, visit.client)
-        self.seed_step(0)
+        self._seed_visit(visit, round)  # once more: installing may have drawn
         if self.trainer.optimizers:
             self.trainer.optimizers[0].state.clear()
         if self.precision:
             self.trainer.precision_plugin.load_state_dict(self.precision)
         for callback in self.callbacks:
             callback.on_client_start(self.trainer, self.module, self.device, visit)
+
+    def _seed_visit(self, visit: Visit, round: int) -> None:
+        self._step_seed = visit.done + derive(self.seed, "visit", visit.origin(round), visit.stage, visit.client)
+        self.seed_step(0)
+
+    def seed_round(self, round: int) -> None:
+        """Set the global random states for what follows a round, such as validation: no visit's are left over."""
+        self._step_seed = derive(self.seed, "round", round)
+        self.seed_step(0)
 
     def seed_step(self, step: int) -> None:
         """Set the global random states for one step; a few microseconds."""
@@ -302,7 +319,16 @@ class DeviceHalf:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; call it once the optimizer's state is loaded."""
+        """The inverse of :meth:`state_dict`; call it once the optimizer's state is loaded.
+
+        Raises:
+            ValueError: for one that names memories which are elsewhere.
+        """
+        if not self.memories_stay and any(AWAY in m or UNHEARD in m for m in state["memories"].values()):
+            raise ValueError(
+                "The checkpoint is of a run whose device memories have stayed on the devices: resume it there, with "
+                "the engine that has written it."
+            )
         self.memories, self.initial, self.start = state["memories"], state["initial"], state["start"]
         self.precision, self.groups = state["precision"], state["groups"]
         self.device = None

@@ -340,6 +340,7 @@ class FederatedLoop:
         self.algorithm.finish(self.server, self.outcomes)
         self.server.forget_shared()
         self.devices.put(self.server.models["global"])
+        self.devices.seed_round(self.server.round)
         self.history.append(self._summary())
         self.server.round += 1
         self.running = False

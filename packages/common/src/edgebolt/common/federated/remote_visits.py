@@ -10,15 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from edgebolt.common.communication import Message, Tensors
 from edgebolt.common.devices import CostModel
-from edgebolt.common.engines.engine import Engine, Order
+from edgebolt.common.engines.engine import UNHEARD, Engine, Order
 from edgebolt.common.engines.job import Job
 from edgebolt.common.engines.memory import dump_memory, load_memory
 from edgebolt.common.federated.device_half import DeviceHalf
 from edgebolt.common.federated.visit import Visit
 
 __all__ = ["RemoteVisits"]
-
-_FAILURES = 5
 
 
 class RemoteVisits(DeviceHalf):
@@ -52,6 +50,11 @@ class RemoteVisits(DeviceHalf):
         return self.engine.ahead
 
     @property
+    def memories_stay(self) -> bool:  # type: ignore[override]
+        """As the engine has it."""
+        return self.engine.memories_stay
+
+    @property
     def trains(self) -> bool:
         """Only what the engine leaves to this process."""
         return self._here
@@ -66,8 +69,9 @@ class RemoteVisits(DeviceHalf):
             "round": round,
             "flops": what.pop("samples") * self._expected(visit),
         }
+        first = all(client != visit.client for client, _ in (*self._orders, *self._held))
         self._held[visit.client, visit.stage] = what
-        if not any(client == visit.client for client, _ in self._orders):
+        if first:
             self._send(visit)
 
     def _expected(self, visit: Visit) -> float:
@@ -81,8 +85,7 @@ class RemoteVisits(DeviceHalf):
             self._attend(False)
             self.engine.begin(self.job(self.initial))
         what, client = self._held.pop((visit.client, visit.stage)), visit.client
-        if not self.groups:  # the module asked for the round's length before it had an optimizer
-            self.begin_round()
+        self.note_groups()
         self.touched.add(client)
         order = Order(
             number=self._number,
@@ -135,16 +138,16 @@ class RemoteVisits(DeviceHalf):
             if timed:
                 self.sample_flops = answer.sample_flops
                 self.cost.note(visit.settings, answer.sample_flops)
-        return answer.message
+        return None if answer.message is None else answer.message.to(self.module.device)
 
     def _failed(self, order: Order, failure: str) -> None:
         """A visit that could not be run is a failed client; several in a row are no accident."""
         client = order.visit.client
         self._stored[client], self._unheard[client] = order.memory, order.delivered
         self._failures += 1
-        if self._failures == _FAILURES:
+        if self._failures == self.engine.failures:
             raise RuntimeError(
-                f"{_FAILURES} visits in a row could not be run, the last of client {client}: {failure}\n"
+                f"{self._failures} visits in a row could not be run, the last of client {client}: {failure}\n"
                 "If workers run out of memory, use fewer or a smaller batch_size. The last checkpoint is whole."
             )
         rank_zero_warn(f"Client {client} counts as failed: its visit could not be run: {failure}")
@@ -152,12 +155,16 @@ class RemoteVisits(DeviceHalf):
     def acknowledge(self, visit: Visit) -> None:
         """The device hears of it before anybody looks at its memory."""
         if self.listeners:
+            self.touched.add(visit.client)
             self._unheard.setdefault(visit.client, []).append((visit, self.make_device(visit.client, {}).round))
 
     def memory(self, client: int) -> dict[str, Any]:
-        """What one device remembers, fetched."""
+        """What one device remembers, fetched; a note of it, if it stays with the device."""
         stored = self._stored.get(client)
         held = {} if stored is None else load_memory(self._kept.get(client) or self.engine.get(stored))
+        if self.engine.memories_stay:  # the device hears with its next order, perhaps after a resumption
+            told = [(visit.to_plain(), round) for visit, round in self._unheard.get(client, [])]
+            return {**held, UNHEARD: told} if told else held
         memory: dict[str, Any] = move_data_to_device(held, self.module.device)
         if unheard := self._unheard.pop(client, []):
             self.hear(self.make_device(client, memory), unheard)
@@ -178,11 +185,15 @@ class RemoteVisits(DeviceHalf):
         self._unheard = {}
         self._stored = {}
         for client, memory in memories.items():
-            self._store(client, memory)
+            if UNHEARD in memory:
+                self._unheard[client] = [(Visit.from_plain(visit), round) for visit, round in memory[UNHEARD]]
+            self._store(client, {name: value for name, value in memory.items() if name != UNHEARD})
 
     def state_dict(self) -> dict[str, Any]:
         """As in the process of the Trainer; the memories are fetched."""
         if self._orders:
+            if self.trainer.interrupted:
+                self.engine.end()  # after OnExceptionCheckpoint's error, which this is, Lightning tears nothing down
             raise RuntimeError(
                 "A checkpoint in mid-round would have to hold visits that other processes run: save at the end of a "
                 "round (ModelCheckpoint without every_n_train_steps and train_time_interval; max_epochs instead of "

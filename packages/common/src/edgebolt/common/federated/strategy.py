@@ -22,13 +22,13 @@ from edgebolt.common.devices import Clock, CostModel, Fleet
 from edgebolt.common.engines.choice import EngineLike, chosen_engine
 from edgebolt.common.engines.engine import Serial
 from edgebolt.common.engines.job import Job
-from edgebolt.common.engines.ranks import Ranks
 from edgebolt.common.federated.algorithm import Algorithm
 from edgebolt.common.federated.checks import (
     check_automatic,
     check_beginning,
     check_clients,
     check_engine,
+    check_same_loader,
     check_trainable,
     check_trainer,
     several_optimizers,
@@ -154,7 +154,7 @@ class FederatedStrategy(LocalSteps):
     def root_device(self) -> torch.device:
         """The one device that the accelerator chose."""
         chosen = self._devices[0] if self._devices else torch.device("cpu")
-        return self.engine.device(chosen) if isinstance(self.engine, Ranks) else chosen
+        return self.engine.device(chosen)
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -217,7 +217,7 @@ class FederatedStrategy(LocalSteps):
         if (datamodule := trainer.datamodule) is not None:  # type: ignore[attr-defined]
             self._datamodule = copy(datamodule)
             self._datamodule.trainer = None
-        if isinstance(self.engine, Ranks) and self.engine.serves:
+        if self.engine.serves:
             callbacks[:] = self.client_callbacks
             trainer.num_sanity_val_steps = 0
         if type(self.algorithm).evaluation is not Algorithm.evaluation:
@@ -264,13 +264,15 @@ class FederatedStrategy(LocalSteps):
         return dataloader
 
     def _round_loader(self, loader: Any) -> Any:
-        if isinstance(self.engine, Ranks) and self.engine.serves:
+        if not isinstance(self.engine, Serial) and self.engine.serves:
             self.engine.serve(self, loader)
             return []  # rank 0's fit is over, and so is this one
         if self.loop is None:
             self.loop = self._begin(loader)
             self._restore()
         else:
+            if not isinstance(self.engine, Serial) and self._datamodule is None:
+                check_same_loader(self._client_data.template, loader)
             self._client_data.renew(loader)
         self.loop.devices.check_places()
         limit = self._trainer.limit_train_batches  # a number of steps, or a share of the round's
@@ -356,7 +358,7 @@ class FederatedStrategy(LocalSteps):
             source = loader if self._datamodule is None else self._datamodule
 
             def job(initial: Tensors) -> Job:
-                return Job.of(self, source, data.samples, initial)
+                return Job.of(self, source, initial, data)
 
             devices = RemoteVisits(self.engine, job, self.cost, **half)
         server.models["global"] = dict(devices.initial)
@@ -466,8 +468,9 @@ class FederatedStrategy(LocalSteps):
         if _KEY in states[0] and self.loop is not None:
             devices = self.loop.devices
             touched, devices.touched = devices.touched, set() if devices.device is None else {devices.device.id}
-            state = {**states[0][_KEY]["devices"], "memories": self._files.put(devices.memories, touched, filepath)}
-            states[0][_KEY]["devices"] = state
+            state = states[0][_KEY]["devices"]
+            memories = self._files.put(state["memories"], touched, filepath)
+            states[0][_KEY]["devices"] = {**state, "memories": memories}
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if not isinstance(self.checkpoint_io, AsyncCheckpointIO):  # else the checkpoint may not be on disk yet
             self._files.sweep()
