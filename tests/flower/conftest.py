@@ -1,15 +1,9 @@
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # fake_grid.py, small_run.py: importlib mode puts no folder on the path
-
-if importlib.util.find_spec("flwr") is None:  # test_environment.py says so
-    collect_ignore_glob = [
-        str(path) for path in Path(__file__).parent.rglob("*.py") if path.stem != "test_environment"
-    ]
 
 
 @pytest.fixture(autouse=True)

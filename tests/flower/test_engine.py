@@ -113,6 +113,28 @@ def test_memories_of_a_simulation_are_refused(tmp_path):
         flower(remembers(tmp_path), algorithm=remembering(), ckpt_path=tmp_path / "saved" / "epoch=0.ckpt")
 
 
+def test_what_stayed_on_devices_is_not_for_a_simulation(tmp_path):
+    save = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
+    flower(remembers(tmp_path), algorithm=remembering(), callbacks=[save], rounds=1)
+    with pytest.raises(ValueError, match="have stayed on the devices"):
+        serial(algorithm=remembering(), ckpt_path=tmp_path / "saved" / "epoch=0.ckpt")
+
+
+def test_when_every_visit_fails_the_run_ends(grid):
+    grid.meddle = lambda message, reply: Error(code=5, reason="off") if trained(message) else reply
+    with pytest.raises(RuntimeError, match=r"5 visits in a row could not be run"):
+        flower(grid, failures=None)
+
+
+def test_a_model_that_several_are_sent_is_spelled_once(grid, monkeypatch):
+    spelled = []
+    monkeypatch.setattr(
+        "edgebolt.flower.engine.model_bytes", lambda message: spelled.append(message) or records.model_bytes(message)
+    )
+    flower(grid, rounds=2)
+    assert len(spelled) == 2
+
+
 def test_an_error_on_a_device_is_a_failed_visit(grid):
     grid.meddle = lambda message, reply: (
         Error(code=5, reason="it\nis off") if trained(message) and message.metadata.dst_node_id == 102 else reply
@@ -139,7 +161,7 @@ def test_a_client_without_a_node_fails_until_it_comes_back(grid):
 
     def meddle(message, reply):
         node, round = message.metadata.dst_node_id, message.metadata.group_id
-        if trained(message) and (round, node) == ("1", 100):
+        if trained(message) and (round, node) == ("0", 102):
             away[101], _ = grid.nodes.pop(101)
         if trained(message) and (round, node) == ("1", 102):
             grid.add(500, away[101], 1)  # started anew; Flower gives it another number

@@ -3,13 +3,15 @@
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parents[2] / "contracts"), str(Path(__file__).parents[2])]
 
 import lightning as L
 import torch
-from runs import Net, fit, make_strategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import Net, exact, fit, make_strategy, make_trainer, train_loader
 
 from edgebolt.common.engines import Ranks, RayEngine
 
@@ -50,17 +52,41 @@ def ray_slow():
     fit(make_strategy(engine=RayEngine(2, {"cpu": 0.5})), Slow(), rounds=200, callbacks=[Says()])
 
 
-def rank_fails(rank):
-    fit(make_strategy(engine=Ranks(), per_round=6), FailsOnRank(rank))
+class Data(L.LightningDataModule):
+    def setup(self, stage):
+        self.train = train_loader()
+
+    def train_dataloader(self):
+        return self.train
+
+
+def fits_on_ranks(folder):
+    """Some that fail on one rank and on all, some that are fine, and one in a process group of the user's own."""
+    for rank in ("1", "all"):
+        try:
+            fit(make_strategy(engine=Ranks(), per_round=6), FailsOnRank(rank))
+        except Exception as error:
+            Path(folder, f"{rank}-{RANK}").write_text("".join(traceback.format_exception(error)))
+    expected = exact(fit(make_strategy()).module.state_dict())
+
+    def compare(case, module):
+        Path(folder, f"{case}-{RANK}").write_text("same" if exact(module.state_dict()) == expected else "different")
+
+    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    compare("fine", fit(make_strategy(engine=Ranks()), callbacks=[save]).module)
+    compare("resumed", fit(make_strategy(engine=Ranks()), ckpt_path=Path(folder, "epoch=0.ckpt")).module)
+    module = Net()
+    make_trainer(make_strategy(engine=Ranks())).fit(module, datamodule=Data())
+    compare("datamodule", module)
+    torch.distributed.init_process_group("gloo")
+    try:
+        fit(make_strategy(engine=Ranks()))
+    except RuntimeError as error:
+        Path(folder, f"group-{RANK}").write_text(str(error))
 
 
 def rank_dies(rank):
     fit(make_strategy(engine=Ranks(), per_round=6), DiesOnRank(rank))
-
-
-def own_group():
-    torch.distributed.init_process_group("gloo")
-    fit(make_strategy(engine=Ranks()))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def _job(
         clients=[loader] * (client + 1),
         data=loader,
         samples=np.full(client + 1, len(loader.dataset)),  # type: ignore[arg-type]
+        batches="",
         trainer=run["trainer"],
+        horizon=run["horizon"],
         cost=cost,
         seed=run["seed"],
         initial=federated_tensors(module),

@@ -14,10 +14,11 @@ from edgebolt.common.communication import MessageError
 from edgebolt.common.engines.engine import AWAY, Answer, Engine, Order
 from edgebolt.common.engines.job import Job
 from edgebolt.common.engines.memory import dump_memory, load_memory
+from edgebolt.common.engines.travel import same_tensors
 from edgebolt.common.federated import Algorithm
 from edgebolt.flower.beginning import digest
 from edgebolt.flower.nodes import Nodes, reason_of
-from edgebolt.flower.records import RecordError, order_records, read_answer
+from edgebolt.flower.records import RecordError, model_bytes, order_records, read_answer
 from edgebolt.flower.stand_in import stand_in
 
 __all__ = ["FlowerEngine"]
@@ -42,7 +43,7 @@ class FlowerEngine(Engine):
     Args:
         grid: Flower's, as the ``ServerApp`` is given it.
         timeout: seconds from the sending of an order to its answer, training included.
-        failures: visits in a row that fail and so end the run.
+        failures: visits in a row that fail and so end the run; ``None``: as many as there are clients, at least 5.
         poll: seconds between two looks for answers.
 
     Raises:
@@ -60,22 +61,29 @@ class FlowerEngine(Engine):
 
     memories_stay = True
 
-    def __init__(self, grid: Grid, timeout: float = 600.0, failures: int = 20, poll: float = 0.2) -> None:
+    def __init__(self, grid: Grid, timeout: float = 600.0, failures: int | None = None, poll: float = 0.2) -> None:
         if not timeout > 0 or not poll > 0:
             raise ValueError(f"timeout={timeout!r}, poll={poll!r}: use seconds above 0.")
-        if type(failures) is not int or failures < 1:
-            raise ValueError(f"failures={failures!r}: use a whole number of 1 or more.")
-        self.grid, self.timeout, self.failures, self.poll = grid, timeout, failures, poll
+        if failures is not None and (type(failures) is not int or failures < 1):
+            raise ValueError(f"failures={failures!r}: use a whole number of 1 or more, or None.")
+        self.grid, self.timeout, self.poll = grid, timeout, poll
+        self._failures = failures
         self.ahead = 2**31
         self.nodes = Nodes(grid)
         self._clients: list[DataLoader[Any]] | None = None
         self._job: Job | None = None
         self._run: dict[str, Any] = {}
+        self._waiting: list[Order] = []  # submitted and not yet pushed
         self._asked: dict[int, _Asked] = {}  # number of an order -> it
         self._replies: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"FlowerEngine(timeout={self.timeout:g}) with {len(self.nodes.facts)} clients"
+
+    @property
+    def failures(self) -> int:  # type: ignore[override]
+        """Visits in a row that fail and so end the run."""
+        return self._failures or max(5, len(self.nodes.facts))
 
     def clients(self, loader: DataLoader[Any], min_clients: int = 2, wait: float = 300.0) -> list[DataLoader[Any]]:
         """Wait for the clients and give what stands for their data on the server: ``FederatedStrategy(clients=...)``.
@@ -124,27 +132,46 @@ class FlowerEngine(Engine):
                 "everywhere. Seed what makes it, or let it load a file."
             )
         self._job = job
-        self._run = {"seed": job.seed, "trainer": job.trainer, "flops_per_sample": job.cost.flops_per_sample}
+        self._run = {
+            "seed": job.seed,
+            "trainer": job.trainer,
+            "horizon": job.horizon,
+            "flops_per_sample": job.cost.flops_per_sample,
+        }
 
     def submit(self, order: Order) -> None:
-        """Push an order for the client's node."""
+        """Note an order; those of an instant are pushed together, once the first has its turn."""
+        self._waiting.append(order)
+
+    def _push(self) -> None:
+        """Push what waits for the clients' nodes; a model that several are sent alike is spelled once."""
         assert self._job is not None
+        orders, self._waiting = self._waiting, []
+        run = {**self._run, "counted": self._job.cost.state_dict()}
         self.nodes.look()
-        client = order.visit.client
-        node = self.nodes.of(client)
-        if node is None:
-            self._asked[order.number] = _Asked(failure="it is not connected")
-            return
-        records = order_records(order, {**self._run, "counted": self._job.cost.state_dict()})
-        message = Message(records, node, "train", ttl=self.timeout, group_id=str(order.round))
-        (pushed,) = list(self.grid.push_messages([message])) or [""]
+        models: dict[tuple[object, ...], bytes] = {}
+        messages: dict[int, Message] = {}
+        for order in orders:
+            node = self.nodes.of(order.visit.client)
+            if node is None:
+                self._asked[order.number] = _Asked(failure="it is not connected")
+                continue
+            same = same_tensors(order.message)
+            if same not in models:
+                models[same] = model_bytes(order.message)
+            records = order_records(order, run, models[same])
+            messages[order.number] = Message(records, node, "train", ttl=self.timeout, group_id=str(order.round))
+        pushed = list(self.grid.push_messages(list(messages.values()))) if messages else []
         until = time.monotonic() + self.timeout
-        self._asked[order.number] = (
-            _Asked(pushed, until) if pushed else _Asked(failure="Flower has not taken its order; see the SuperLink")
-        )
+        for number, name in zip(messages, [*pushed, *[""] * len(messages)], strict=False):
+            self._asked[number] = (
+                _Asked(name, until) if name else _Asked(failure="Flower has not taken its order; see the SuperLink")
+            )
 
     def answer(self, order: Order) -> Answer:
         """Wait for a visit, at most until its time is over."""
+        if self._waiting:
+            self._push()
         asked = self._asked[order.number]
         while not asked.failure and asked.message not in self._replies:
             self._pull()
@@ -198,4 +225,4 @@ class FlowerEngine(Engine):
 
     def end(self) -> None:
         """Forget what is under way. Nodes stay connected, and drop orders whose time is over."""
-        self._asked, self._replies = {}, {}
+        self._waiting, self._asked, self._replies = [], {}, {}

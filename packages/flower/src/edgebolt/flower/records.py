@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
@@ -19,6 +20,7 @@ __all__ = [
     "RecordError",
     "answer_records",
     "facts_records",
+    "model_bytes",
     "order_records",
     "read_answer",
     "read_facts",
@@ -56,6 +58,7 @@ class Facts:
     beginning: str
 
 
+@cache
 def versions() -> str:
     """What runs here, as one line; which build of torch it is, for a CPU or a GPU, does not matter."""
     return ", ".join(f"{name} {version.partition('+')[0]}" for name, version in sorted(common_versions().items()))
@@ -80,15 +83,28 @@ def read_facts(records: RecordDict) -> Facts:
     return facts
 
 
-def order_records(order: Order, run: dict[str, Any]) -> RecordDict:
+def model_bytes(message: Message) -> bytes:
+    """What an order's message is but for the visit: for all who are sent the same, the same.
+
+    Raises:
+        ValueError: for a message that is too long for Flower.
+    """
+    model = message.with_header(visit=None).to_bytes()
+    if len(model) > _MAX_BYTES:
+        raise ValueError(
+            f"The model takes {len(model)} bytes and Flower carries {_MAX_BYTES}: train less of it (LoRA), or send it "
+            "with a codec such as Float16()."
+        )
+    return model
+
+
+def order_records(order: Order, run: dict[str, Any], model: bytes) -> RecordDict:
     """An order, and the model in a record of its own: Flower stores once what several clients are sent alike.
 
     Args:
         order: whose memory is the name of what the device keeps.
         run: what is the same for all orders of a run: built-ins.
-
-    Raises:
-        ValueError: for a message that is too long for Flower.
+        model: its message, of :func:`model_bytes`.
     """
     fields = {name: getattr(order, name) for name in order.__dataclass_fields__ if name != "message"}
     plain = {
@@ -97,12 +113,6 @@ def order_records(order: Order, run: dict[str, Any]) -> RecordDict:
         "profile": asdict(order.profile),
         "delivered": [(visit.to_plain(), round) for visit, round in order.delivered],
     }
-    model = order.message.with_header(visit=None).to_bytes()
-    if len(model) > _MAX_BYTES:
-        raise ValueError(
-            f"The model takes {len(model)} bytes and Flower carries {_MAX_BYTES}: train less of it (LoRA), or send it "
-            "with a codec such as Float16()."
-        )
     return RecordDict(
         {
             _ORDER: ConfigRecord({"format": _FORMAT, "versions": versions(), "plain": dump_plain([plain, run])}),

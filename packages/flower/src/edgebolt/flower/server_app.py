@@ -13,14 +13,16 @@ from edgebolt.flower.engine import FlowerEngine
 __all__ = ["server_app"]
 
 
-def server_app(fit: Callable[[FlowerEngine, Context], Any], timeout: float = 600.0, failures: int = 20) -> ServerApp:
+def server_app(
+    fit: Callable[[FlowerEngine, Context], Any], timeout: float = 600.0, failures: int | None = None
+) -> ServerApp:
     """A ``ServerApp`` that calls ``fit`` with an engine; the rest is the script that you have.
 
     Args:
         fit: builds a ``Trainer`` with ``FederatedStrategy(..., clients=engine.clients(loader), engine=engine)`` and
             calls its ``fit``; the context has the run's configuration, ``flwr run --run-config``.
         timeout: seconds from the sending of an order to its answer, training included.
-        failures: visits in a row that fail and so end the run.
+        failures: visits in a row that fail and so end the run; ``None``: as many as there are clients, at least 5.
 
     Example::
 

@@ -43,7 +43,8 @@ class Job:
         samples: training samples of each client, shape ``[population]``; a worker that comes to others is refused.
         batches: digest of a few of their batches, for the same end; empty: there is none.
         trainer: arguments of the worker's ``Trainer``.
-        horizon: the user's ``max_epochs`` and ``estimated_stepping_batches``, which the module may ask for.
+        horizon: the user's ``max_epochs`` and ``estimated_stepping_batches``, which the module may ask for; ``None``:
+            it is not known.
         cost: what has been counted, and how the rest is.
         seed: of the run.
         initial: what every device has from the beginning.
@@ -79,7 +80,7 @@ class Job:
             samples=np.zeros(0) if known is None else known.samples,
             batches="" if known is None else digest(known),
             trainer=_trainer_arguments(trainer),
-            horizon=(None, None) if known is None else (trainer.max_epochs, trainer.estimated_stepping_batches),
+            horizon=(None, None) if known is None else (trainer.max_epochs, _steps_ahead(trainer)),
             cost=strategy.cost,
             seed=strategy.seed,
             initial=initial,
@@ -134,6 +135,12 @@ def digest(data: ClientData) -> str:
 def versions() -> dict[str, str]:
     """What runs here."""
     return {name: version(name) for name in ("edgebolt-common", "lightning", "torch")}
+
+
+def _steps_ahead(trainer: pl.Trainer) -> float | None:
+    """What enrolment, which takes place before the first round is planned, cannot know."""
+    planned = trainer.train_dataloader is not None  # else the Trainer would ask for it, and so for the first round
+    return trainer.estimated_stepping_batches if planned else None
 
 
 def _trainer_arguments(trainer: pl.Trainer) -> dict[str, Any]:

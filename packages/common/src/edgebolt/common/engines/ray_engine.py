@@ -414,7 +414,13 @@ def _start_here(ray: Any) -> None:
     cluster, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(variable)
     ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
     try:
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(
+            "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            _system_config={"worker_niceness": 0},  # 15: whatever else runs on the machine would go first
+        )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster
         if before is None:
