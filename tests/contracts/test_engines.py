@@ -260,17 +260,20 @@ def test_a_datamodule_travels_without_its_data(ray_engine):
     assert models[0] == models[1]
 
 
-def test_a_datamodule_may_make_another_loader_for_each_round(ray_engine):
+def test_a_datamodule_may_make_another_loader_for_each_round(ray_engine, tmp_path):
     class ByRound(Data):
         def train_dataloader(self):
             return train_loader(batch_size=4 * (1 + self.trainer.current_epoch))
 
     models = []
-    for engine in ("serial", ray_engine):
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    for engine, resumed in (("serial", None), (ray_engine, None), (ray_engine, tmp_path / "epoch=0.ckpt")):
         module = Net()
-        make_trainer(make_strategy(engine=engine)).fit(module, datamodule=ByRound())
+        callbacks = [] if models else [save]
+        trainer = make_trainer(make_strategy(engine=engine), callbacks=callbacks)
+        trainer.fit(module, datamodule=ByRound(), ckpt_path=resumed)
         models.append(exact(module.state_dict()))
-    assert models[0] == models[1]
+    assert models[0] == models[1] == models[2]
 
 
 def test_a_modules_loader_that_changes_is_refused(ray_engine):

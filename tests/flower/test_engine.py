@@ -1,6 +1,9 @@
+import re
 from contextlib import nullcontext
 
+import lightning as L
 import pytest
+import torch
 from fake_grid import FakeGrid
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,7 +23,7 @@ from small_run import (
 
 from edgebolt.common.communication import Message as Encoded
 from edgebolt.common.devices import CostModel, Fleet
-from edgebolt.common.federated import Algorithm, FedAvg
+from edgebolt.common.federated import Algorithm, FedAvg, FederatedStrategy
 from edgebolt.flower import FlowerEngine, client_app, records
 
 
@@ -81,9 +84,37 @@ def test_no_memory_travels_and_none_is_in_a_checkpoint(tmp_path):
     grid = remembers(tmp_path)
     save = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
     strategy, _ = flower(grid, algorithm=remembering(), callbacks=[save])
-    notes = strategy.loop.devices.memories
-    assert all(len(note["edgebolt.away"]) == 64 for note in notes.values())
-    assert {name for note in notes.values() for name in note} == {"edgebolt.away", "edgebolt.unheard"}
+    saved = torch.load(tmp_path / "saved" / "epoch=2.ckpt", weights_only=True)
+    for notes in (
+        strategy.loop.devices.memories,
+        saved["optimizer_states"][0]["federated"]["devices"]["memories"],
+    ):
+        assert all(len(note["edgebolt.away"]) == 64 for note in notes.values())
+        assert {name for note in notes.values() for name in note} == {"edgebolt.away", "edgebolt.unheard"}
+    orders = [records.read_order(message.content)[0] for message in grid.pushed if trained(message)]
+    assert [order.memory for order in orders[:3]] == [None] * 3
+    assert all(re.fullmatch("[0-9a-f]{64}", order.memory) for order in orders[3:])
+
+
+def test_a_node_that_does_not_say_who_it_is_does_not_hold_up_the_run(grid):
+    grid.add(200, app(), 3)
+    grid.meddle = lambda message, reply: None if message.metadata.dst_node_id == 200 else reply
+    engine = FlowerEngine(grid, poll=0.01)
+    with pytest.warns(UserWarning, match=r"begins without nodes \[200\]"):
+        assert len(engine.clients(server_loader(), min_clients=3, wait=0.2)) == 3
+    with pytest.raises(TimeoutError, match="1 nodes have not answered"):
+        FlowerEngine(grid, poll=0.01).clients(server_loader(), min_clients=4, wait=0.2)
+
+
+def test_a_precision_that_converts_the_weights_is_refused(grid):
+    engine = FlowerEngine(grid, poll=0.01)
+    clients = engine.clients(server_loader(), min_clients=3)
+    trainer = L.Trainer(
+        max_epochs=1, strategy=FederatedStrategy(FedAvg(), clients=clients, engine=engine), accelerator="cpu",
+        precision="bf16-true", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'bf16-true' changes the module's weights"):
+        trainer.fit(Net(), server_loader())
 
 
 def test_a_resumed_run_finds_what_devices_remember(tmp_path):

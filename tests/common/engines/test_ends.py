@@ -1,6 +1,7 @@
 """However a fit ends, nothing of its workers is left, and everybody says why."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,4 +102,6 @@ def test_fits_on_ranks_that_fail_and_go_on(tmp_path):
 
 
 def test_a_rank_that_dies_ends_all():
-    assert run_ranks("rank_dies", "1").returncode != 0
+    done = run_ranks("rank_dies", "1")
+    assert done.returncode != 0
+    assert re.search(r"exitcode\s*: 3\b", done.stderr), done.stderr

@@ -147,6 +147,8 @@ def _job(
         batches="",
         trainer=run["trainer"],
         horizon=run["horizon"],
+        matmul_precision=run["matmul_precision"],
+        round=0,
         cost=cost,
         seed=run["seed"],
         initial=federated_tensors(module),

@@ -110,8 +110,8 @@ class FlowerEngine(Engine):
         """Compare the clients with the server; the devices make the rest themselves.
 
         Raises:
-            ValueError: for clients that are not those of :meth:`clients`, or begin with other weights, and for an
-                algorithm that evaluates what stays on the devices.
+            ValueError: for clients that are not those of :meth:`clients`, or begin with other weights, for an
+                algorithm that evaluates what stays on the devices, and for a precision that converts the weights.
         """
         if job.clients is not self._clients:
             raise ValueError(
@@ -123,6 +123,12 @@ class FlowerEngine(Engine):
                 f"{type(job.algorithm).__name__}.evaluation() may need what clients remember and their own validation "
                 "samples, which stay on the devices: leave it as it is in Algorithm, which validates the global "
                 "model, and let devices report what they measure (ClientCallback.on_client_end)."
+            )
+        precision = job.trainer["precision"]
+        if precision.endswith("-true") and precision != "32-true":
+            raise ValueError(
+                f"precision={precision!r} changes the module's weights before the run, and clients begin with theirs "
+                "as they were: use '32-true' or a mixed precision."
             )
         here = digest(job.module, job.initial)
         other = [facts.client for facts in self.nodes.facts.values() if facts.beginning != here]
@@ -136,6 +142,7 @@ class FlowerEngine(Engine):
             "seed": job.seed,
             "trainer": job.trainer,
             "horizon": job.horizon,
+            "matmul_precision": job.matmul_precision,
             "flops_per_sample": job.cost.flops_per_sample,
         }
 
@@ -181,6 +188,7 @@ class FlowerEngine(Engine):
                 asked.failure = f"it has not answered within {self.timeout:g} s"
             else:
                 time.sleep(self.poll)
+                self.nodes.look()  # who comes back is asked who it is in the meantime
         del self._asked[order.number]
         if asked.failure:
             return Answer(None, failure=asked.failure)

@@ -112,10 +112,13 @@ class Nodes:
         while True:
             self.look()
             found = sorted(self.facts)
-            if len(found) >= at_least and found == list(range(len(found))) and not self._asked:
+            enough, late = len(found) >= at_least and found == list(range(len(found))), time.monotonic() > until
+            if enough and (late or not self._asked):
+                if self._asked:
+                    rank_zero_warn(f"The run begins without nodes {sorted(self._asked)}, which have not answered.")
                 self.fixed = True
                 return [self.facts[client] for client in found]
-            if time.monotonic() > until:
+            if late:
                 problems = "".join(f"\nNode {node}: {problem}" for node, problem in self.problems.items())
                 raise TimeoutError(
                     f"After {seconds:g} s there are clients {found}, and the run needs at least {at_least}, numbered "

@@ -43,8 +43,10 @@ class Job:
         samples: training samples of each client, shape ``[population]``; a worker that comes to others is refused.
         batches: digest of a few of their batches, for the same end; empty: there is none.
         trainer: arguments of the worker's ``Trainer``.
-        horizon: the user's ``max_epochs`` and ``estimated_stepping_batches``, which the module may ask for; ``None``:
-            it is not known.
+        horizon: the user's ``max_epochs`` and ``estimated_stepping_batches``, as they were when the job was made, for
+            which the module may ask; ``None``: it is not known.
+        matmul_precision: of float32, as ``torch.set_float32_matmul_precision`` takes it.
+        round: in which the job was made.
         cost: what has been counted, and how the rest is.
         seed: of the run.
         initial: what every device has from the beginning.
@@ -60,6 +62,8 @@ class Job:
     batches: str
     trainer: dict[str, Any]
     horizon: tuple[Any, Any]
+    matmul_precision: str
+    round: int
     cost: CostModel
     seed: int
     initial: Tensors
@@ -81,6 +85,8 @@ class Job:
             batches="" if known is None else digest(known),
             trainer=_trainer_arguments(trainer),
             horizon=(None, None) if known is None else (trainer.max_epochs, _steps_ahead(trainer)),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            round=0 if strategy.loop is None else strategy.loop.server.round,
             cost=strategy.cost,
             seed=strategy.seed,
             initial=initial,
@@ -105,18 +111,22 @@ def already_set_up(part: Any) -> Iterator[None]:
 
 
 def digest(data: ClientData) -> str:
-    """One line for the first batches of the first and the last client, in their stored order.
+    """One line for the first sample of the first and the last client.
 
-    Only tensors, arrays and strings in them count. Empty, if two looks differ: such data are made anew each time.
+    Dense tensors, arrays of numbers and strings in it count. Empty, if two looks differ: such data are made anew each
+    time.
     """
 
     def look() -> str:
         found = hashlib.sha256()
 
         def add(part: Any) -> Any:
-            if isinstance(part, torch.Tensor):
-                part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            found.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
+            if isinstance(part, str):
+                found.update(part.encode())
+            elif isinstance(part, np.ndarray) and part.dtype != object:
+                found.update(part.tobytes())
+            elif isinstance(part, torch.Tensor) and part.layout == torch.strided:
+                found.update(part.detach().cpu().flatten().clone().view(torch.uint8).numpy().tobytes())
             return part
 
         with isolate_rng():
@@ -125,7 +135,9 @@ def digest(data: ClientData) -> str:
             random.seed(0)
             for client in sorted({0, len(data.samples) - 1}):
                 if data.samples[client]:
-                    apply_to_collection(next(iter(data.loader(client))), (torch.Tensor, np.ndarray, str), add)
+                    apply_to_collection(
+                        next(iter(data.loader(client, batch_size=1))), (torch.Tensor, np.ndarray, str), add
+                    )
         return found.hexdigest()
 
     first = look()
@@ -166,4 +178,5 @@ def _trainer_arguments(trainer: pl.Trainer) -> dict[str, Any]:
         "gradient_clip_algorithm": found.gradient_clip_algorithm,
         "detect_anomaly": torch.is_anomaly_enabled(),
         "deterministic": deterministic,
+        "benchmark": torch.backends.cudnn.benchmark,
     }

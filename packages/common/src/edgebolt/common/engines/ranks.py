@@ -96,6 +96,7 @@ class Ranks(Engine):
             "samples": torch.as_tensor(job.samples),
             "batches": job.batches,
             "horizon": job.horizon,
+            "round": job.round,
             "initial": job.initial,
             "tensors": dict(_tensors(job.module)),
         }
@@ -127,7 +128,13 @@ class Ranks(Engine):
         """Receive what a rank has made of a visit."""
         rank = self._owner.pop(order.number)
         while order.number not in self._early:
-            received = self._receive(rank)
+            try:
+                received = self._receive(rank)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"Rank {rank} is gone; if it was killed, perhaps for want of memory, use fewer ranks or a smaller "
+                    "batch_size. The last checkpoint is whole."
+                ) from error
             if "error" in received:
                 raise RuntimeError(f"Rank {rank} failed:\n{received['error']}")
             number = received.pop("number")
@@ -188,7 +195,7 @@ class Ranks(Engine):
                 raise RuntimeError(
                     f"Rank {self.rank} has {job.versions}, rank 0 {begun['versions']}: install the same versions."
                 )
-            known = {name: begun[name] for name in ("batches", "horizon", "initial")}
+            known = {name: begun[name] for name in ("batches", "horizon", "round", "initial")}
             job = replace(job, samples=begun["samples"].numpy(), **known)
             _load_tensors(module, begun["tensors"])
             device = strategy.root_device

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import queue
 import sys
 import tempfile
 import threading
 from collections import OrderedDict, deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from edgebolt.common.communication import Message
@@ -83,7 +84,7 @@ class RayEngine(Engine):
         self._arrived = threading.Condition()
         self._shared: OrderedDict[tuple[object, ...], tuple[Message, Any]] = OrderedDict()
         self._asked = 0  # orders that have not been answered
-        self._started = self._kept = False
+        self._started = self._joined = self._kept = False
 
     def __enter__(self) -> RayEngine:
         """Keep the actors from fit to fit, until the block is left: starting them takes seconds."""
@@ -106,12 +107,23 @@ class RayEngine(Engine):
             RuntimeError: if an actor cannot begin.
         """
         ray = _ray()
-        if job.module.device.type != "cpu" and not self.resources.get("gpu"):
+        device, share = job.module.device, self.resources.get("gpu", 0.0)
+        if (device.type != "cpu") != bool(share):
             raise ValueError(
-                f"The module is on {job.module.device} and the workers have no GPU: give each a share of one with "
+                f"The module is on {device} and each worker has {share:g} GPUs: give each a share with "
                 "resources_per_worker={'gpu': 0.5}, or train on the CPU with Trainer(accelerator='cpu')."
             )
+        if device.index:
+            raise ValueError(f"The module is on {device}, and a worker's own is always the first: devices=1, and "
+                             "CUDA_VISIBLE_DEVICES for another one.")  # fmt: skip
         blob = dumped(job, ray.cloudpickle.dumps)
+        if ray.is_initialized() and self.address not in (None, "auto") and not self._joined:
+            there = ray.get_runtime_context().gcs_address
+            if there != self.address:
+                raise ValueError(
+                    f"address={self.address!r}, and this process is connected to Ray at {there}: leave out address, "
+                    "or call ray.shutdown() before."
+                )
         self._connect()
         if self._threads:  # the last fit was broken off before it could end
             self._dismiss()
@@ -127,19 +139,16 @@ class RayEngine(Engine):
             kind = ray.remote(_Actor).options(**options)
             self._workers = [_Worker(kind, job.versions, options) for _ in range(number)]
         stored = ray.put(np.frombuffer(blob, np.uint8))
-        begun = [worker.begin(stored, list(sys.path)) for worker in self._workers]
-        for worker, started in zip(self._workers, begun, strict=True):
-            while not ray.wait([started], timeout=_PATIENCE)[0]:
-                rank_zero_warn(
-                    f"A worker has not begun within {_PATIENCE:g} s: Ray may be waiting for {self.resources}, which "
-                    "others use (`ray status` says), or an import takes long."
-                )
+        for worker in self._workers:
+            worker.begin(stored, list(sys.path))
+        for worker in self._workers:
             try:
-                ray.get(started)
+                worker.wait()
             except ray.exceptions.RayActorError as error:
                 if not kept:
                     raise RuntimeError(f"A worker could not begin: {error}") from error
-                ray.get(worker.anew())  # it has died since the last fit
+                worker.anew()  # it has died since the last fit
+                worker.wait()
         self.ahead = 4 * number
         self._orders, self._answers, self._asked = queue.SimpleQueue(), {}, 0
         # Two threads an actor: the next visit is on its way while one is being trained.
@@ -159,13 +168,7 @@ class RayEngine(Engine):
                 _start_here(ray)
             else:
                 ray.init(self.address, log_to_driver=False)
-        elif self.address not in (None, "auto"):
-            there = ray.get_runtime_context().gcs_address
-            if there != self.address:
-                raise ValueError(
-                    f"address={self.address!r}, and this process is connected to Ray at {there}: leave out address, "
-                    "or call ray.shutdown() before."
-                )
+                self._joined = True
 
     def _fitting(self, nodes: list[dict[str, float]]) -> int:
         """How many workers the nodes' resources allow; each has to fit into one node."""
@@ -215,6 +218,8 @@ class RayEngine(Engine):
                 self._arrived.wait()
             answer = self._answers.pop(order.number)
         self._asked -= 1
+        if isinstance(answer, torch.OutOfMemoryError):
+            answer.add_note("Use fewer workers, or a smaller batch_size. The last checkpoint is whole.")
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -284,18 +289,29 @@ class _Worker:
         self._stopped = False
         self._actor: Any = None
         self._job: tuple[Any, ...] = ()
+        self._begun: Any = None  # is there when the actor has begun with its job
 
-    def begin(self, *job: Any) -> Any:
-        """Give the actor its job; what is returned is there when it has begun."""
+    def begin(self, *job: Any) -> None:
+        """Give the actor its job."""
         self._job = job
         if self._actor is None:
-            self._actor = self._kind.remote(*self._arguments)
-        return self._actor.begin.remote(*job)
+            self.anew()
+        else:
+            self._begun = self._actor.begin.remote(*job)
 
-    def anew(self) -> Any:
-        """Another actor in place of one that has died; what is returned is there when it has begun."""
+    def anew(self) -> None:
+        """Another actor, in place of one that has died."""
         self._actor, self._running = self._kind.remote(*self._arguments), deque()
-        return self._actor.begin.remote(*self._job)
+        self._begun = self._actor.begin.remote(*self._job)
+
+    def wait(self) -> None:
+        """Until the actor has begun; the user hears of it if that takes long."""
+        while not _ray().wait([self._begun], timeout=_PATIENCE)[0]:
+            rank_zero_warn(
+                f"A worker has not begun within {_PATIENCE:g} s: Ray may be waiting for resources that others use "
+                "(`ray status` says), or an import takes long."
+            )
+        _ray().get(self._begun)
 
     def run(self, order: Order) -> Answer:
         """Run a visit, again if the actor dies with it."""
@@ -322,6 +338,8 @@ class _Worker:
                     failures.append(str(error).strip())
                 if len(failures) == _TRIES:
                     return Answer(None, failure=failures[-1])
+                with suppress(*died):  # the next try meets that too
+                    self.wait()
                 continue
             except BaseException:
                 with self._lock:
@@ -350,8 +368,6 @@ class _Actor:
             raise RuntimeError(
                 f"The worker has {here()}, the server {versions}: install the same versions on all machines."
             )
-        import torch
-
         torch.set_num_threads(max(1, int(options["num_cpus"])))
         self._accelerator = "gpu" if options["num_gpus"] else "cpu"
         self._thread: threading.Thread | None = None
@@ -375,8 +391,9 @@ class _Actor:
 
         try:
             if isinstance(job.data, pl.LightningDataModule):
-                with FileLock(Path(tempfile.gettempdir(), f"edgebolt-prepare-data-{getpass.getuser()}.lock")):
-                    job.data.prepare_data()  # which Lightning lets one process of a machine do
+                user = os.getuid() if hasattr(os, "getuid") else ""
+                with FileLock(Path(tempfile.gettempdir(), f"edgebolt-prepare-data-{user}.lock")):
+                    job.data.prepare_data()  # the workers of a machine one after the other
                 job.data.prepare_data = lambda: None  # type: ignore[method-assign]
             work(job, self._orders.get, self._finish, self._accelerator)
         except BaseException as error:

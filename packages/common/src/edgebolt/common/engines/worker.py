@@ -43,6 +43,7 @@ class WorkerStrategy(FederatedStrategy):
         self.client_callbacks = job.callbacks
         self.job, self._receive, self._finish = job, receive, finish
         self._visits: VisitLoader | None = None
+        self._compared = False  # the data with the server's
 
     @property
     def _device_half(self) -> DeviceHalf:
@@ -63,6 +64,7 @@ class WorkerStrategy(FederatedStrategy):
         """Nothing of the user's Trainer is here but the device half."""
         super(FederatedStrategy, self).setup_environment()
         trainer: Any = self._trainer
+        trainer.horizon = self.job.horizon  # Lightning has read the worker's own
         trainer.callbacks[:] = [*self.job.callbacks, WorkerHooks(self)]
         trainer.reload_dataloaders_every_n_epochs = 1
 
@@ -85,7 +87,17 @@ class WorkerStrategy(FederatedStrategy):
         if datamodule is not None and self.epoch != asked_for:  # it may make another loader for this round
             dataloader = datamodule.train_dataloader()
         self._visits.data.renew(dataloader)
+        unknown, self._compared = not self._compared, True
+        if unknown and self.job.batches and self.epoch == self.job.round:
+            self._compare(self._visits.data)
         return self._visits
+
+    def _compare(self, data: ClientData) -> None:
+        if digest(data) != self.job.batches:
+            raise ValueError(
+                "This worker's data are not those of the server: its clients have as many samples, and the first ones "
+                "are others. Let setup() and the partition depend on seeds of their own."
+            )
 
     def _prepare(self, loader: Any) -> VisitLoader:
         job, module = self.job, self.lightning_module
@@ -96,11 +108,6 @@ class WorkerStrategy(FederatedStrategy):
                 f"This worker's data are not those of the server: {int(data.samples.sum())} samples of "
                 f"{len(data.samples)} clients here, {int(job.samples.sum())} of {len(job.samples)} there, or not "
                 "the same. Let setup() and the partition depend on seeds of their own."
-            )
-        if job.batches and digest(data) != job.batches:
-            raise ValueError(
-                "This worker's data are not those of the server: its clients have as many samples, and the first ones "
-                "are others. Let setup() and the partition depend on seeds of their own."
             )
 
         def make_device(client: int, memory: dict[str, Any]) -> Device:
@@ -237,7 +244,7 @@ class WorkerTrainer(pl.Trainer):
     @property
     def estimated_stepping_batches(self) -> int | float:
         """What the module reads."""
-        return super().estimated_stepping_batches if self.horizon[1] is None else self.horizon[1]
+        return float("inf") if self.horizon[1] is None else self.horizon[1]
 
     @property
     def current_epoch(self) -> int:
@@ -293,7 +300,7 @@ def work(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.horizon = job.horizon
+    torch.set_float32_matmul_precision(job.matmul_precision)
     with already_set_up(job.module):
         if isinstance(job.data, pl.LightningDataModule):
             trainer.fit(job.module, datamodule=job.data)

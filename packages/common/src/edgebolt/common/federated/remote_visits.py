@@ -136,8 +136,8 @@ class RemoteVisits(DeviceHalf):
             self._stored[visit.client] = answer.memory
             self._failures, self.loss_sum = 0, answer.loss_sum
             if timed:
-                self.sample_flops = answer.sample_flops
                 self.cost.note(visit.settings, answer.sample_flops)
+                self.sample_flops = self.cost.known(visit.settings) or answer.sample_flops
         return None if answer.message is None else answer.message.to(self.module.device)
 
     def _failed(self, order: Order, failure: str) -> None:

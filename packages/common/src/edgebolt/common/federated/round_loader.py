@@ -39,6 +39,7 @@ class RoundLoader:
     def __iter__(self) -> Iterator[Any]:
         loop = self.loop
         if not loop.steps:
+            loop.devices.note_groups()  # its visits open after the idle step, when the schedule has moved on
             yield self._idle()
             return
         while loop.running:

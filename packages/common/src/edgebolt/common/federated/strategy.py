@@ -271,7 +271,7 @@ class FederatedStrategy(LocalSteps):
             self.loop = self._begin(loader)
             self._restore()
         else:
-            if not isinstance(self.engine, Serial) and self._datamodule is None:
+            if not isinstance(self.engine, Serial) and self._datamodule is None and not self.engine.memories_stay:
                 check_same_loader(self._client_data.template, loader)
             self._client_data.renew(loader)
         self.loop.devices.check_places()
