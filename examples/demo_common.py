@@ -79,7 +79,9 @@ def fit(algorithm, folder, train, val, rounds):
     )
     summary = FederatedSummary(folder, figure=False)
     options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], **options)
+    trainer = L.Trainer(
+        max_epochs=rounds, strategy=strategy, accelerator="cpu", callbacks=[summary], num_sanity_val_steps=0, **options
+    )
     torch.manual_seed(SEED)
     module = Classifier(pixels=train.tensors[0].shape[1])
     trainer.fit(module, DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(val, len(val)))

@@ -38,6 +38,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2", help="a folder, 'smollm2', or a name on the hub")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the layers' parameters that goes")
+    parser.add_argument("--texts", type=int, help="passages of BoolQ, a tenth of them held out (default: all)")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 128 tokens")
     parser.add_argument("--tokens", type=int, default=8192, help="on which the perplexity is taken")
     parser.add_argument("--write", type=int, default=48, help="tokens that each model writes")
@@ -48,7 +49,7 @@ def main():
 
     output = args.folder / "model"
     shutil.rmtree(output, ignore_errors=True)
-    texts = read_texts(None)
+    texts = read_texts(None)[: args.texts]
     held_out = texts[::10]
     dense = find_model(args.model)
     start = time.perf_counter()

@@ -49,12 +49,13 @@ def make_strategy(algorithm, train):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40, help="at least 3")
+    parser.add_argument("--images", type=int, default=5000, help="of MNIST, a fifth of them held out")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers)")  # Lightning's; nothing to do about them
 
-    train, test = load_data()
+    train, test = load_data(args.images)
     labels = test.tensors[1]
     guess = float((labels == train.tensors[1].bincount().argmax()).float().mean())
     print(f"{len(train)} images of MNIST dealt to {DEVICES} devices, Dirichlet {ALPHA}; {len(test)} held out.")

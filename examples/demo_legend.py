@@ -69,7 +69,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=8, help="at least 3")
     parser.add_argument("--devices", type=int, default=DEVICES, help="among which the documents are dealt")
     parser.add_argument("--per-round", type=int, default=PER_ROUND, help="devices in a round")
+    parser.add_argument("--texts", type=int, help="of the training split, dealt to the devices (default: all)")
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of the test split, after every round")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a document")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -81,7 +83,13 @@ def main():
     transformers.logging.disable_progress_bar()
 
     data = TextClassificationData(
-        "20newsgroups", "minilm", max_tokens=TOKENS, batch_size=BATCH_SIZE, test_samples=args.documents, seed=SEED
+        "20newsgroups",
+        "minilm",
+        max_tokens=args.tokens,
+        batch_size=BATCH_SIZE,
+        train_samples=args.texts,
+        test_samples=args.documents,
+        seed=SEED,
     )
     train, test = data.split("train"), data.split("test")
     guess = float(test.labels.bincount().max()) / len(test)

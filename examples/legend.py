@@ -12,11 +12,12 @@ from edgebolt.legend import Legend, LoraDepth
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--plain", action="store_true", help="an ordinary fit with the callback LoraDepth")
 parser.add_argument("--epochs", type=int, default=3, help="federated: rounds")
+parser.add_argument("--tokens", type=int, default=64, help="of a text")
 args = parser.parse_args()
 
 L.seed_everything(0)
 sizes = {"train_samples": 2000, "val_samples": 64, "test_samples": 128}
-data = TextClassificationData("20newsgroups", model="minilm", batch_size=8, **sizes)
+data = TextClassificationData("20newsgroups", model="minilm", max_tokens=args.tokens, batch_size=8, **sizes)
 module = TextClassifier("minilm", num_classes=data.num_classes, learning_rate=1e-2)
 
 fleet = Fleet.jetson(20, speed=0.0552)

@@ -19,9 +19,9 @@ from mnist_run import quiet_trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from edgebolt.common.devices import CostModel, Fleet
+from edgebolt.common.devices import CostModel
 from edgebolt.common.engines import Ranks, RayEngine
-from edgebolt.common.federated import IID, ClientCallback, Dirichlet, FedAvg, FederatedStrategy
+from edgebolt.common.federated import IID, ClientCallback, FedAvg, FederatedStrategy
 
 WIDTHS = {"small": 50, "wide": 1000}  # 2,550 and 1,001,000 weights
 VISITS, TOY_ROUNDS = 20, 10
@@ -73,17 +73,9 @@ class Lora:
         return DataLoader(documents(), batch_size=BATCH, shuffle=True)
 
     def strategy(self, engine):
-        from newsgroups_run import CLIENTS, PER_ROUND, SEED, STEPS
+        from newsgroups_run import strategy_of
 
-        return FederatedStrategy(
-            FedAvg(),
-            clients=Dirichlet(CLIENTS, alpha=0.5, seed=SEED),
-            per_round=PER_ROUND,
-            local_steps=STEPS,
-            fleet=Fleet.jetson(CLIENTS, seed=SEED),
-            engine=engine,
-            seed=SEED,
-        )
+        return strategy_of(engine=engine)
 
 
 class Memory(ClientCallback):
@@ -120,22 +112,9 @@ class Watch(L.Callback):
 
 def by_hand(rounds):
     """W2 as one would write it, on the batches of our run; seconds and steps."""
-    import handwritten
     import newsgroups_run
-    from racing import Lap
-    from torch.utils.data import Subset
 
-    train = newsgroups_run.documents()
-    index = Dirichlet(newsgroups_run.CLIENTS, alpha=0.5, seed=newsgroups_run.SEED).split(train)
-    first = newsgroups_run.federated(train, rounds, steps=1)
-    schedule = handwritten.schedule_of(first.strategy, index.sizes(), lambda client: newsgroups_run.STEPS)
-
-    def batches_of(visit):
-        generator = torch.Generator().manual_seed(visit.data_seed)
-        own = Subset(train, index.indices(visit.client))
-        return handwritten.endless(DataLoader(own, newsgroups_run.BATCH, shuffle=True, generator=generator))
-
-    lap: Lap = handwritten.federated(newsgroups_run.Classifier(), schedule, batches_of, dropout=True)
+    lap = newsgroups_run.by_hand(newsgroups_run.documents(), rounds)()
     return {"seconds": lap.seconds, "steps": lap.steps, "weights": digest(lap.weights)}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mnist_run import Timed, figures_of, quiet_trainer
 from racing import Lap
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from edgebolt.common.devices import Fleet
 from edgebolt.common.federated import Dirichlet, FedAvg, FederatedStrategy
@@ -92,18 +92,40 @@ class Classifier(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3)
 
 
-def federated(train, rounds=ROUNDS, steps=STEPS):
-    """Our run."""
-    strategy = FederatedStrategy(
+def strategy_of(steps=STEPS, engine="serial"):
+    """Of our run."""
+    return FederatedStrategy(
         FedAvg(),
         clients=Dirichlet(CLIENTS, alpha=0.5, seed=SEED),
         per_round=PER_ROUND,
         local_steps=steps,
         fleet=Fleet.jetson(CLIENTS, seed=SEED),
+        engine=engine,
         seed=SEED,
     )
+
+
+def federated(train, rounds=ROUNDS, steps=STEPS):
+    """Our run."""
+    strategy = strategy_of(steps)
     timed = Timed()
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[timed])
     trainer.fit(Classifier(), DataLoader(train, batch_size=BATCH, shuffle=True))
     timer, figures, weights = timed.timer, figures_of(strategy), dict(strategy.server.models["global"])
     return Lap(timer.seconds, timer.cpu_seconds, trainer.global_step, weights, figures, strategy)
+
+
+def by_hand(train, rounds=ROUNDS, steps=STEPS):
+    """The same, as one would write it; gives what runs it, for the warm-up and the cohorts are known before."""
+    import handwritten
+
+    index = Dirichlet(CLIENTS, alpha=0.5, seed=SEED).split(train)
+    first = federated(train, rounds, steps=1)
+    schedule = handwritten.schedule_of(first.strategy, index.sizes(), lambda client: steps)
+
+    def batches_of(visit):
+        generator = torch.Generator().manual_seed(visit.data_seed)
+        own = Subset(train, index.indices(visit.client))
+        return handwritten.endless(DataLoader(own, BATCH, shuffle=True, generator=generator))
+
+    return lambda: handwritten.federated(Classifier(), schedule, batches_of, dropout=True)

@@ -14,7 +14,7 @@ import newsgroups_run
 import pytest
 import torch
 from racing import Race, replay
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from edgebolt.common.federated import Dirichlet
 
@@ -147,18 +147,9 @@ def newsgroups_race(quick):
     # 3 rounds of 4 visits of 6 steps are 72 steps a run, 0.3 s each; two runs a turn: 45 s; 3 turns: 2.5 minutes.
     every, rounds, steps, turns = (20, 1, 2, 1) if quick else (1, newsgroups_run.ROUNDS, newsgroups_run.STEPS, 3)
     train = newsgroups_run.documents(every)
-    index = Dirichlet(newsgroups_run.CLIENTS, alpha=0.5, seed=newsgroups_run.SEED).split(train)
-    first = newsgroups_run.federated(train, rounds=1 if quick else rounds, steps=1)  # the warm-up, for its cohorts
-    schedule = handwritten.schedule_of(first.strategy, index.sizes(), lambda client: steps)
-
-    def batches_of(visit):
-        generator = torch.Generator().manual_seed(visit.data_seed)
-        own = Subset(train, index.indices(visit.client))
-        return handwritten.endless(DataLoader(own, newsgroups_run.BATCH, shuffle=True, generator=generator))
-
     return Race(
         {
-            "by hand": lambda: handwritten.federated(newsgroups_run.Classifier(), schedule, batches_of, dropout=True),
+            "by hand": newsgroups_run.by_hand(train, rounds, steps),
             "ours": lambda: newsgroups_run.federated(train, rounds, steps),
         },
         turns,
