@@ -142,7 +142,7 @@ class Message:
         Example::
 
             >>> Message({"weight": torch.ones(2)}).to(torch.device("cpu")).nbytes
-            126
+            102
         """
         if all(tensor.device == device for tensor in self.tensors.values()):
             return self
