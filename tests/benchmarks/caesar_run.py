@@ -111,16 +111,28 @@ def images(held_out=False):
     return tuple(TensorDataset(data.tensors[0].view(-1, 1, 28, 28), data.tensors[1]) for data in (train, test))
 
 
-def make_fleet(seed, module, train):
+def make_fleet(seed, module, train, devices=DEVICES):
     """The Jetsons, slowed down to the share of computing of ResNet-18."""
     batch = next(iter(DataLoader(train, BATCH)))
     flops = STEPS * count_step(deepcopy(module), batch).flops
     transfer = 2 * 8 * sum(p.nbytes for p in module.parameters()) / ((WIFI_MIN_BPS + WIFI_MAX_BPS) / 2)
-    return Fleet.jetson(DEVICES, seed=seed, speed=flops / (BOARDS[0].flops[0] * COMPUTE_SHARE * transfer))
+    return Fleet.jetson(devices, seed=seed, speed=flops / (BOARDS[0].flops[0] * COMPUTE_SHARE * transfer))
 
 
-def train(algorithm, skew, seed, folder, rounds=ROUNDS, learning_rate=LEARNING_RATE, held_out=False):
-    """One run; the short form of the tests has fewer rounds."""
+def train(
+    algorithm,
+    skew,
+    seed,
+    folder,
+    rounds=ROUNDS,
+    learning_rate=LEARNING_RATE,
+    held_out=False,
+    devices=DEVICES,
+    per_round=PER_ROUND,
+    steps=STEPS,
+    count=None,
+):
+    """One run; the short form of the tests has fewer rounds, devices, steps and test digits (``count``)."""
     data, test = images(held_out)
     module = SmallCNN(seed, learning_rate)
     every, observe = [], algorithm.observe
@@ -128,15 +140,15 @@ def train(algorithm, skew, seed, folder, rounds=ROUNDS, learning_rate=LEARNING_R
     alpha = SKEWS[skew]
     strategy = FederatedStrategy(
         algorithm,
-        clients=IID(DEVICES, seed=seed) if alpha is None else Dirichlet(DEVICES, alpha=alpha, seed=seed),
-        per_round=PER_ROUND,
-        local_steps=STEPS,
-        fleet=make_fleet(seed, module, data),
+        clients=IID(devices, seed=seed) if alpha is None else Dirichlet(devices, alpha=alpha, seed=seed),
+        per_round=per_round,
+        local_steps=steps,
+        fleet=make_fleet(seed, module, data, devices),
         seed=seed,
     )
     summary = FederatedSummary(folder, figure=False)
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
-    trainer.fit(module, DataLoader(data, BATCH, shuffle=True), DataLoader(test, 1000))
+    trainer.fit(module, DataLoader(data, BATCH, shuffle=True), DataLoader(TensorDataset(*test[:count]), 1000))
     return Run(
         rows=summary.rows,
         outcomes=every,

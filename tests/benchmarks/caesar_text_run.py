@@ -21,15 +21,25 @@ DEVICES, PER_ROUND, STEPS, ROUNDS, DOCUMENTS, SPEED = 20, 5, 3, 24, 128, 0.0552
 ALGORITHMS = {"FedLoRA": lambda: FedLoRA(rank=legend_run.RANK), "STC": STC, "Caesar": Caesar}
 
 
-def train(method, folder, rounds=ROUNDS, count=DOCUMENTS, seed=0, layers=legend_run.LAYERS, texts=None):
+def train(
+    method,
+    folder,
+    rounds=ROUNDS,
+    count=DOCUMENTS,
+    seed=0,
+    layers=legend_run.LAYERS,
+    texts=None,
+    devices=DEVICES,
+    per_round=PER_ROUND,
+):
     """One run: rows of ``rounds.csv``, steps, strategy."""
     data = legend_run.documents(texts)
     strategy = FederatedStrategy(
         ALGORITHMS[method](),
-        clients=Dirichlet(DEVICES, alpha=legend_run.ALPHA, seed=seed),
-        per_round=PER_ROUND,
+        clients=Dirichlet(devices, alpha=legend_run.ALPHA, seed=seed),
+        per_round=per_round,
         local_steps=STEPS,
-        fleet=Fleet.jetson(DEVICES, seed=seed, speed=SPEED),
+        fleet=Fleet.jetson(devices, seed=seed, speed=SPEED),
         seed=seed,
     )
     summary = FederatedSummary(folder, figure=False)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from caesar_run import Run, SmallCNN, images
 from mnist_run import quiet_trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from edgebolt.common.devices import Fleet, Undependability, count_step
 from edgebolt.common.devices.constants import BOARDS, WIFI_MAX_BPS, WIFI_MIN_BPS
@@ -57,35 +57,47 @@ def algorithms():
     }
 
 
-def make_fleet(seed, level, correlated, module, data, partition):
+def make_fleet(seed, level, correlated, module, data, partition, devices=DEVICES):
     """The Jetsons at the speed that gives the stated share of computing, with their failures."""
     batch = next(iter(DataLoader(data, BATCH)))
     transfer = 2 * 8 * sum(p.nbytes for p in module.parameters()) / ((WIFI_MIN_BPS + WIFI_MAX_BPS) / 2)
     flops = STEPS * count_step(module, batch).flops
-    fleet = Fleet.jetson(DEVICES, seed=seed, speed=flops / (BOARDS[0].flops[0] * COMPUTE_SHARE * transfer))
+    fleet = Fleet.jetson(devices, seed=seed, speed=flops / (BOARDS[0].flops[0] * COMPUTE_SHARE * transfer))
     labels = partition.split(data).label_counts(data.tensors[1].numpy()).argmax(1)
     by = labels if correlated else None
     return fleet.undependable(Undependability(LEVELS[level], phases=PHASES, by=by))
 
 
-def train(algorithm, level, correlated, seed, folder, rounds=ROUNDS, learning_rate=LEARNING_RATE, held_out=False):
-    """One run; the short form of the tests has fewer rounds."""
+def train(
+    algorithm,
+    level,
+    correlated,
+    seed,
+    folder,
+    rounds=ROUNDS,
+    learning_rate=LEARNING_RATE,
+    held_out=False,
+    devices=DEVICES,
+    per_round=PER_ROUND,
+    count=None,
+):
+    """One run; the short form of the tests has fewer rounds, devices and test digits (``count``)."""
     data, test = images(held_out)
     module = SmallCNN(seed, learning_rate)
     every, observe = [], algorithm.observe
     algorithm.observe = lambda server, outcomes: (every.append(list(outcomes)), observe(server, outcomes))
-    partition = Dirichlet(DEVICES, alpha=ALPHA, seed=seed)
+    partition = Dirichlet(devices, alpha=ALPHA, seed=seed)
     strategy = FederatedStrategy(
         algorithm,
         clients=partition,
-        per_round=PER_ROUND,
+        per_round=per_round,
         local_steps=STEPS,
-        fleet=make_fleet(seed, level, correlated, SmallCNN(seed), data, partition),
+        fleet=make_fleet(seed, level, correlated, SmallCNN(seed), data, partition, devices),
         seed=seed,
     )
     summary = FederatedSummary(folder, figure=False)
     trainer: L.Trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[summary])
-    trainer.fit(module, DataLoader(data, BATCH, shuffle=True), DataLoader(test, 1000))
+    trainer.fit(module, DataLoader(data, BATCH, shuffle=True), DataLoader(TensorDataset(*test[:count]), 1000))
     return Run(summary.rows, every, trainer.global_step, strategy)
 
 

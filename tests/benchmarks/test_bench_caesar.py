@@ -21,7 +21,13 @@ FULL = [
     *[("5", 0, name) for name in algorithms() if name not in MAIN],
     *[(skew, 0, name) for skew in ("IID", "1", "2", "10") for name in SWEEP],
 ]
-SHORT = {"rounds": 3}
+SHORT = {
+    "rounds": 3,
+    "devices": 12,
+    "per_round": 4,
+    "steps": 2,
+    "count": 100,
+}  # devices come back, as in the long form
 RUNS, ROWS = {}, {}  # (skew, seed, method) -> run, and -> extra_info
 
 
@@ -76,8 +82,8 @@ def test_run(benchmark, tmp_path, skew, seed, method):
     RUNS[skew, seed, method], ROWS[skew, seed, method] = run, benchmark.extra_info
     benchmark.extra_info.update(skew=skew, method=method, seed=seed, steps=run.steps)
 
-    rounds = SHORT["rounds"] if short else ROUNDS
-    assert run.steps == rounds * PER_ROUND * STEPS <= 6000
+    shape = SHORT if short else {"rounds": ROUNDS, "per_round": PER_ROUND, "steps": STEPS}
+    assert run.steps == shape["rounds"] * shape["per_round"] * shape["steps"] <= 6000
     ledger = run.strategy.ledger
     sent = sum(outcome.down_bytes + outcome.up_bytes for outcomes in run.outcomes for outcome in outcomes)
     assert sent == ledger.total_bytes == ledger.up_bytes + ledger.down_bytes
@@ -88,6 +94,7 @@ def test_run(benchmark, tmp_path, skew, seed, method):
         assert fmean(row["val_acc"] for row in run.rows[-3:]) > trivial + 0.2
 
 
+SHORT_TEXT = {"rounds": 3, "devices": 4, "per_round": 2, "count": 16, "layers": 2, "texts": 1000}
 TEXT = {}  # method -> rows, and its extra_info
 
 
@@ -101,13 +108,13 @@ def test_language_model(benchmark, tmp_path, method):
         pytest.skip("the short form has Caesar alone")
     threads = 1 if short else 2
     torch.set_num_threads(threads)
-    shape = {"rounds": 3, "count": 16, "layers": 2, "texts": 2000} if short else {}
+    shape = SHORT_TEXT if short else {}
     rows, steps, strategy = benchmark.pedantic(
         caesar_text_run.train, (method, tmp_path), kwargs=shape, rounds=1, iterations=1
     )
     TEXT[method] = rows, benchmark.extra_info
-    rounds = shape.get("rounds", caesar_text_run.ROUNDS)
-    assert steps == rounds * caesar_text_run.PER_ROUND * caesar_text_run.STEPS
+    rounds, per_round = (shape.get(name.lower(), getattr(caesar_text_run, name)) for name in ("ROUNDS", "PER_ROUND"))
+    assert steps == rounds * per_round * caesar_text_run.STEPS
     assert rows[-1]["bytes_up_total"] + rows[-1]["bytes_down_total"] == strategy.ledger.total_bytes
     labels = legend_run.documents(shape.get("texts")).split("test").labels[: caesar_text_run.DOCUMENTS]
     trivial = float(labels.bincount().max()) / len(labels)

@@ -145,12 +145,13 @@ needs_minilm = pytest.mark.skipif(
 @cache
 def newsgroups_race(quick):
     # 3 rounds of 4 visits of 6 steps are 72 steps a run, 0.3 s each; two runs a turn: 45 s; 3 turns: 2.5 minutes.
-    every, rounds, steps, turns = (20, 1, 2, 1) if quick else (1, newsgroups_run.ROUNDS, newsgroups_run.STEPS, 3)
+    every, turns = (20, 1) if quick else (1, 3)
+    shape = (1, 2, 2) if quick else (newsgroups_run.ROUNDS, newsgroups_run.STEPS, newsgroups_run.LAYERS)
     train = newsgroups_run.documents(every)
     return Race(
         {
-            "by hand": newsgroups_run.by_hand(train, rounds, steps),
-            "ours": lambda: newsgroups_run.federated(train, rounds, steps),
+            "by hand": newsgroups_run.by_hand(train, *shape),
+            "ours": lambda: newsgroups_run.federated(train, *shape),
         },
         turns,
     )

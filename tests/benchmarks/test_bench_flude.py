@@ -18,7 +18,7 @@ FULL = [
     *[(*setting, seed, name) for seed in SEEDS for setting in SETTINGS for name in MAIN],
     *[("middle", correlated, 0, name) for correlated in (False, True) for name in algorithms() if name not in MAIN],
 ]
-SHORT = {"rounds": 3}
+SHORT = {"rounds": 3, "devices": 20, "per_round": 4, "count": 100}  # one in five is asked, as in the long form
 RUNS, ROWS = {}, {}  # (level, correlated, seed, method) -> run, and -> extra_info
 
 
@@ -58,11 +58,10 @@ def test_run(benchmark, tmp_path, level, correlated, seed, method):
     short = benchmark.disabled
     if short and ((level, correlated, seed) != ("middle", True, 0) or method not in MAIN):
         pytest.skip("the short form has one setting and one seed, and no variants")
-    rounds = SHORT["rounds"] if short else SAFA_ROUNDS if method == "SAFA" else ROUNDS
     run = benchmark.pedantic(
         train,
         (algorithms()[method](), level, correlated, seed, tmp_path),
-        kwargs={"rounds": rounds},
+        kwargs=SHORT if short else {"rounds": SAFA_ROUNDS if method == "SAFA" else ROUNDS},
         rounds=1,
         iterations=1,
     )

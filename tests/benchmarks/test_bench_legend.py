@@ -30,7 +30,7 @@ FULL = [
     ("balanced", 0, "LEGEND, quantile"),
     *[(regime, 0, name) for regime in REGIMES if regime != "balanced" for name in ("LEGEND", "LEGEND, quantile")],
 ]
-SHORT = {"rounds": 3, "devices": 8, "per_round": 2, "count": 32, "layers": 2, "texts": 2000}  # every device is probed
+SHORT = {"rounds": 3, "devices": 4, "per_round": 2, "count": 16, "layers": 2, "texts": 1000}  # every device is probed
 RUNS, ROWS = {}, {}  # (regime, seed, method) -> run, and -> extra_info
 
 

@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from algorithms import ALGORITHMS, DISTINCT, failing
+from algorithms import ALGORITHMS, DISTINCT, Row, failing
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from runs import Net, assert_same, exact, fit, holds, make_strategy
@@ -50,15 +51,20 @@ def round_ends(row):
 
 
 @cache
-def uninterrupted(row):
+def uninterrupted(row, max_steps=-1):
     """A row's whole run, with which others are compared: made once, and not touched."""
-    return fit(*row.make(), rounds=row.rounds)
+    return fit(*row.make(), rounds=row.rounds, max_steps=max_steps)
 
 
-def some_steps(row, first=1, every=2):
-    """Every other step of a run, and those that end a round, without the last of all."""
-    last = uninterrupted(row).trainer.global_step
-    return sorted({*range(first, last, every), *round_ends(row)} - {last})
+def some_steps(row, every=1, first=1):
+    """The first step of a run, those that end its rounds, and every so many of its longest round but the first.
+
+    That is enough: in one round that has another before it there is all by which steps differ, whether they begin,
+    go on with or end a visit, first or last, and what earlier visits and rounds have left behind.
+    """
+    ends = round_ends(row)
+    start, end = max(pairwise(ends), key=lambda pair: pair[1] - pair[0])
+    return sorted({1, *ends, *range(start + first, end, every)})
 
 
 class Stop(L.Callback):
@@ -85,17 +91,16 @@ class Raise(L.Callback):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_from_every_step(name, tmp_path):
-    """From every other step and the ends of rounds, where another row has the same mechanisms."""
+    """From every third step of the longest round alone, where another row has the same mechanisms."""
     row = ALGORITHMS[name]
     whole = fit(*row.make(), rounds=row.rounds, callbacks=[every_step(tmp_path)])
     checkpoints, starts = by_step(tmp_path), [0, *round_ends(row)[:-1]]
     assert len(checkpoints) == whole.trainer.global_step > 5
     assert whole.trainer.current_epoch == row.rounds
-    for step, checkpoint in enumerate(checkpoints, 1):
-        if row.like and step % 2 and step not in round_ends(row):
-            continue
+    for step in some_steps(row, every=3 if row.like else 1):
         rounds = Starts()
-        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoint, callbacks=[rounds]), whole, step)
+        resumed = fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoints[step - 1], callbacks=[rounds])
+        assert_same(resumed, whole, step)
         assert rounds.steps == [start for start in starts if start >= step]
 
 
@@ -107,10 +112,10 @@ def test_from_every_step_with_max_steps(name, tmp_path):
     last = ModelCheckpoint(tmp_path / "last", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     callbacks = [every_step(tmp_path), best, last]
     whole = fit(*row.make(), rounds=row.rounds, max_steps=10_000, callbacks=callbacks)
-    checkpoints = [checkpoint for folder in (".", "best", "last") for checkpoint in by_step(tmp_path / folder)]
-    assert len(checkpoints) == whole.trainer.global_step + 2 * row.rounds
+    every, best, last = (by_step(tmp_path / folder) for folder in (".", "best", "last"))
+    assert (len(every), len(best), len(last)) == (whole.trainer.global_step, row.rounds, row.rounds)
     starts = [0, *round_ends(row)[:-1]]
-    for checkpoint in checkpoints:
+    for checkpoint in [*(every[step - 1] for step in some_steps(row, every=2)), *best, *last]:
         rounds, step = Starts(), int(checkpoint.stem.partition("=")[2])
         resumed = fit(*row.make(), rounds=row.rounds, max_steps=10_000, ckpt_path=checkpoint, callbacks=[rounds])
         assert_same(resumed, whole, f"{checkpoint.parent.name} {step}")
@@ -129,7 +134,7 @@ def test_stopped_anywhere(name, tmp_path):
     """Whatever ends a fit in mid-round leaves the global weights in the module; the run goes on from there."""
     row = ALGORITHMS[name]
     whole = uninterrupted(row)
-    for step in some_steps(row):
+    for step in some_steps(row, every=3)[:-1]:
         stopped = fit(*row.make(), rounds=row.rounds, callbacks=[Stop(step)])
         assert stopped.trainer.global_step == step
         assert holds(stopped.module.state_dict(), stopped.model), step
@@ -153,16 +158,13 @@ def test_stopped_again_and_again(name, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_max_steps(optimizer, tmp_path):
-    def keeping():
-        return make_strategy(FedAvg(moments="keep"), fleet=failing()), Net(optimizer)
-
-    whole = fit(*keeping())
-    for step in range(1, whole.trainer.global_step):
-        stopped = fit(*keeping(), max_steps=step)
+    row = Row(lambda: FedAvg(moments="keep"), optimizer=optimizer)
+    for step in some_steps(row)[:-1]:
+        stopped = fit(*row.make(), max_steps=step)
         assert stopped.trainer.global_step == step
         assert holds(stopped.module.state_dict(), stopped.model), step
         stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-        assert_same(fit(*keeping(), ckpt_path=tmp_path / "stopped.ckpt"), whole, f"max_steps={step}")
+        assert_same(fit(*row.make(), ckpt_path=tmp_path / "stopped.ckpt"), uninterrupted(row), f"max_steps={step}")
 
 
 class Hourglass(Timer):
@@ -205,9 +207,10 @@ STATELESS = "changing ranks"  # no BatchNorm, whose statistics a repeated forwar
 @pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits", "changing ranks", "buffered"])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_ctrl_c(hook, name, tmp_path):
+    """Each step is struck in two of the hooks: how far a step has come does not depend on which it is."""
     row = ALGORITHMS[name]
     whole = uninterrupted(row)
-    for step in (2, 5, 7, 10, 13):
+    for step in ((2, 7, 13), (5, 10))[HOOKS.index(hook) % 2]:
         strategy, module = row.make()
         folder = tmp_path / str(step)
         with pytest.raises(SystemExit):
@@ -224,10 +227,10 @@ def test_ctrl_c(hook, name, tmp_path):
     + [(hook, name) for hook in (HOOKS[0], HOOKS[-1]) for name in DISTINCT if name != STATELESS],
 )
 def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
-    """Every third step and the ends of rounds; the first and the last hook do not have the same thirds."""
+    """Every fourth step of a round; the first and the last hook do not have the same ones."""
     row = ALGORITHMS[name]
     whole = uninterrupted(row)
-    for step in some_steps(row, first=(1, 2, 3, 2)[HOOKS.index(hook)], every=3):
+    for step in some_steps(row, every=4, first=1 + HOOKS.index(hook))[:-1]:
         callbacks = [OnExceptionCheckpoint(tmp_path, "last"), Raise(hook, step, RuntimeError("disk full"))]
         strategy, module = row.make()
         with pytest.raises(RuntimeError, match="disk full"):
@@ -242,7 +245,7 @@ def test_checkpoint_written_on_an_exception(hook, name, tmp_path):
 @pytest.mark.parametrize("max_steps", [-1, 10_000])
 def test_exception_while_validating(max_steps, name, hook, tmp_path):
     row = ALGORITHMS[name]
-    whole = fit(*row.make(), rounds=row.rounds, max_steps=max_steps)
+    whole = uninterrupted(row, max_steps)
     for step in round_ends(row):
         strategy, module = row.make()
         callbacks = [OnExceptionCheckpoint(tmp_path, "last"), Raise(hook, step, RuntimeError("disk full"))]
@@ -316,17 +319,16 @@ def test_resuming_keeps_validating_logging_and_stopping(max_steps, tmp_path):
     def callbacks():
         return [EarlyStopping("val_loss", patience=2, min_delta=100.0)]
 
-    def make():
-        return ALGORITHMS["fedavg"].make()
-
-    ends, log = round_ends(ALGORITHMS["fedavg"]), CSVLogger(tmp_path / "whole")
-    whole = fit(*make(), rounds=9, max_steps=max_steps, callbacks=[*callbacks(), every_step(tmp_path)], logger=log)
+    row, log = ALGORITHMS["fedavg"], CSVLogger(tmp_path / "whole")
+    whole = fit(*row.make(), rounds=9, max_steps=max_steps, callbacks=[*callbacks(), every_step(tmp_path)], logger=log)
     assert whole.trainer.current_epoch == 3
-    for checkpoint in by_step(tmp_path):
-        step = int(checkpoint.stem.partition("=")[2])
-        log = CSVLogger(tmp_path / str(step))
-        resumed = fit(*make(), rounds=9, max_steps=max_steps, callbacks=callbacks(), ckpt_path=checkpoint, logger=log)
-        if step not in ends:  # Lightning does not validate again what ended with the checkpoint's own step
+    checkpoints = by_step(tmp_path)
+    for step in some_steps(row, every=2):
+        checkpoint, log = checkpoints[step - 1], CSVLogger(tmp_path / str(step))
+        resumed = fit(
+            *row.make(), rounds=9, max_steps=max_steps, callbacks=callbacks(), ckpt_path=checkpoint, logger=log
+        )
+        if step not in round_ends(row):  # Lightning does not validate again what ended with the checkpoint's own step
             assert_same(resumed, whole, step)
             expected = (tmp_path / "whole/lightning_logs/version_0/metrics.csv").read_text().splitlines()
             found = (tmp_path / f"{step}/lightning_logs/version_0/metrics.csv").read_text().splitlines()
@@ -355,11 +357,14 @@ def test_mid_round_checkpoints_hold_the_global_weights(name, tmp_path):
     fit(*row.make(), rounds=row.rounds, callbacks=[Held(), every_step(tmp_path)])
     checkpoints = by_step(tmp_path)
     assert len({str(exact(model)) for model in held}) > 1
+    names = row.module().state_dict().keys()
     for checkpoint, model in zip(checkpoints, held, strict=True):
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert holds(weights, model)
-        assert holds(row.module.load_from_checkpoint(checkpoint, weights_only=True).state_dict(), model)
-        assert weights.keys() == row.module().state_dict().keys()
+        assert weights.keys() == names
+    # Once, for what it reads is compared above, and Lightning looks through all modules of Python each time.
+    loaded = row.module.load_from_checkpoint(checkpoints[len(checkpoints) // 2], weights_only=True)
+    assert holds(loaded.state_dict(), held[len(checkpoints) // 2])
 
 
 def test_mid_round_checkpoint_holds_the_weights_of_the_rounds_start(tmp_path):
@@ -390,24 +395,27 @@ from pathlib import Path
 
 class Kill(L.Callback):
     def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == int(sys.argv[4]):
+        if trainer.global_step == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-row = ALGORITHMS[sys.argv[2]]
-fit(*row.make(), rounds=row.rounds, callbacks=[every_step(Path(sys.argv[3])), Kill()])
+for name in sys.argv[4:]:  # in a process each; their imports, which take longest, are made once
+    if not (child := os.fork()):
+        row = ALGORITHMS[name]
+        fit(*row.make(), rounds=row.rounds, callbacks=[every_step(Path(sys.argv[2], name)), Kill()])
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("name", ["fedavg, kept moments", "interrupted visits"])
-def test_sigkill(name, tmp_path):
-    row, step = ALGORITHMS[name], 11
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), name, str(tmp_path), str(step)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    checkpoints = by_step(tmp_path)
-    assert len(checkpoints) == step
-    whole = fit(*row.make(), rounds=row.rounds)
-    assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoints[-1]), whole)
+def test_sigkill(tmp_path):
+    names, step = ["fedavg, kept moments", "interrupted visits"], 11
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(step), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(int(-signal.SIGKILL))] * 2, done.stderr
+    for name in names:
+        row, checkpoints = ALGORITHMS[name], by_step(tmp_path / name)
+        assert len(checkpoints) == step
+        assert_same(fit(*row.make(), rounds=row.rounds, ckpt_path=checkpoints[-1]), uninterrupted(row), name)
 
 
 @pytest.mark.parametrize("max_steps", [-1, 10_000])

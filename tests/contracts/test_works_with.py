@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 
 import lightning as L
 import pytest
@@ -24,6 +25,13 @@ from runs import (
 from torch.nn import functional as F
 
 from edgebolt.common.federated import Algorithm, ClientCallback, FedAvg
+
+
+@cache
+def whole():
+    """The run with which others are compared: made once, and not touched."""
+    return fit()
+
 
 # ------------------------------------------------------------------------------------------- Trainer arguments
 
@@ -65,7 +73,7 @@ def test_limit_train_batches_float_in_a_round_without_steps(share):
 
 
 def test_limit_train_batches_above_the_plan():
-    assert_same(fit(limit_train_batches=1000), fit())
+    assert_same(fit(limit_train_batches=1000), whole())
 
 
 def test_limit_val_batches():
@@ -78,11 +86,11 @@ def test_limit_val_batches():
 def test_without_validation():
     strategy, module = make_strategy(), Net()
     make_trainer(strategy).fit(module, train_loader())
-    assert holds(module.state_dict(), fit().model)
+    assert holds(module.state_dict(), whole().model)
 
 
 def test_sanity_validation_changes_nothing():
-    assert_same(fit(num_sanity_val_steps=2), fit())
+    assert_same(fit(num_sanity_val_steps=2), whole())
     row = ALGORITHMS["private heads"]
     assert_same(fit(*row.make(), num_sanity_val_steps=2), fit(*row.make()))
 
@@ -207,7 +215,7 @@ def test_hooks_of_the_module_are_called(hook):
     run = fit(module=Hooked())
     training = sum(calls)
     assert training >= 3 if hook == "lr_scheduler_step" else training >= run.trainer.global_step
-    assert holds(run.model, fit().model)
+    assert holds(run.model, whole().model)
 
 
 def test_the_registered_name_in_a_fresh_process():
@@ -258,7 +266,7 @@ def test_validate_test_predict_without_fit():
     assert len(trainer.predict(module, val_loader())) == 2
     assert holds(module.state_dict(), Net().state_dict())
     trainer.fit(module, train_loader(), val_loader())  # and the same Trainer fits afterwards
-    assert holds(module.state_dict(), fit().model)
+    assert holds(module.state_dict(), whole().model)
 
 
 def test_validate_from_a_mid_round_checkpoint(tmp_path):
@@ -380,7 +388,7 @@ def test_frozen_parameters_stay_and_do_not_travel():
     run = fit(module=HalfFrozen())
     assert "body.0.weight" not in run.model and "head.weight" in run.model
     assert torch.equal(run.module.body[0].weight, Net().body[0].weight)
-    assert run.strategy.ledger.total_bytes < fit().strategy.ledger.total_bytes
+    assert run.strategy.ledger.total_bytes < whole().strategy.ledger.total_bytes
 
 
 def test_a_module_that_is_built_in_configure_model():
@@ -394,7 +402,7 @@ def test_a_module_that_is_built_in_configure_model():
                 self.head = self.kept
                 del self.kept
 
-    assert holds(fit(module=Late()).model, fit().model)
+    assert holds(fit(module=Late()).model, whole().model)
 
 
 def test_a_training_step_that_returns_a_dict_and_logs():
@@ -405,8 +413,8 @@ def test_a_training_step_that_returns_a_dict_and_logs():
             return {"loss": loss, "logits": loss.detach()}
 
     run = fit(module=Logs())
-    assert holds(run.model, fit().model)
-    assert run.strategy.history == fit().strategy.history
+    assert holds(run.model, whole().model)
+    assert run.strategy.history == whole().strategy.history
     assert {"train_loss_step", "train_loss_epoch", "client/train_loss"} <= run.trainer.callback_metrics.keys()
 
 

@@ -1,4 +1,5 @@
 import math
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -29,13 +30,17 @@ def depths(strategy):
     return {outcome.visit.client: outcome.visit.settings["depth"] for outcome in strategy.outcomes}
 
 
+@cache
+def fedlora():
+    return run(FedLoRA())[1]
+
+
 @pytest.mark.parametrize("anchor", ["deadline", "quantile", "fastest"])
 def test_equal_devices_and_uniform_ranks_are_fedlora_bit_for_bit(anchor):
-    _, plain = run(FedLoRA())
     _, legend = run(Legend(anchor=anchor, step=0.0))
     assert set(depths(legend).values()) == {LAYERS}
     assert [row["round/waiting_time"] for row in legend.history] == [0.0] * 3
-    for name, tensor in plain.server.models["global"].items():
+    for name, tensor in fedlora().server.models["global"].items():
         assert torch.equal(tensor, legend.server.models["global"][name]), name
 
 
@@ -187,16 +192,19 @@ def test_refusals():
 
 @pytest.mark.slow
 def test_legend_learns_like_fedlora_in_less_simulated_time():
-    """Direction, not size: three seeds, texts of four classes, 16 unequal devices; more, but shorter rounds."""
+    """Direction, not size: three seeds, texts of four classes, 16 unequal devices; more, but shorter rounds.
+
+    Large batches and a high rate, so that few steps are enough: a step of so small a model takes as long with any.
+    """
     scores, seconds = {"legend": [], "fedlora": []}, {"legend": [], "fedlora": []}
     for seed in range(3):
-        for name, make, rounds in (("legend", Legend, 25), ("fedlora", FedLoRA, 20)):
+        for name, make, rounds in (("legend", Legend, 10), ("fedlora", FedLoRA, 8)):
             strategy = FederatedStrategy(
                 make(), clients=Dirichlet(16, alpha=1.0, seed=seed, min_samples=4), per_round=8, local_steps=4,
                 fleet=Fleet.jetson(16, seed=seed, speed=1e-3), seed=seed,
             )  # fmt: skip
-            net = adapted(lr=3e-2)
-            fit(net, strategy, rounds=rounds, train=loader(480, batch_size=8))
+            net = adapted(lr=5e-2)
+            fit(net, strategy, rounds=rounds, train=loader(960, batch_size=32))
             scores[name].append(accuracy(net, samples=1000))
             seconds[name].append(strategy.clock.now)
     assert sum(scores["fedlora"]) / 3 > 0.25 + 0.2
