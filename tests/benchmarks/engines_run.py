@@ -115,7 +115,11 @@ def by_hand(rounds):
     import newsgroups_run
 
     lap = newsgroups_run.by_hand(newsgroups_run.documents(), rounds)()
-    return {"seconds": lap.seconds, "steps": lap.steps, "weights": digest(lap.weights)}
+    return {"seconds": lap.seconds, "steps": lap.steps, **told_of(lap.weights)}
+
+
+def told_of(weights):
+    return {"weights": digest(weights), "params_trained": sum(tensor.numel() for tensor in weights.values())}
 
 
 def digest(weights):
@@ -145,7 +149,7 @@ def main(args):
         "visits": sum(int(row["round/visits"]) for row in strategy.history),
         "startup": watch.began - args.began,
         "peaks_mb": sorted(watch.peaks.values()),
-        "weights": digest(strategy.server.models["global"]),
+        **told_of(strategy.server.models["global"]),
         "simulated": strategy.clock.now,
     }
 

@@ -17,7 +17,7 @@ class Lap:
     """What a contestant returns: the seconds of its training alone, and what it came to."""
 
     seconds: float
-    cpu_seconds: float
+    cpu_seconds: float | None  # None: of several processes, not known
     steps: int
     weights: dict[str, torch.Tensor]
     figures: dict = field(default_factory=dict)  # exact ones, for `extra_info`
@@ -82,18 +82,18 @@ class Race:
         seconds = median(lap.seconds for lap in self.laps[name])
         visits = self[name].figures.get("visits")
         ratios = [ours.seconds / theirs.seconds for ours, theirs in pairs]
+        cpu = [a.cpu_seconds / b.cpu_seconds for a, b in pairs if a.cpu_seconds and b.cpu_seconds]
         benchmark.extra_info.update(
             baseline=baseline,
             ratio=median(ratios),
             ratio_min=min(ratios),
             ratio_max=max(ratios),
-            ratio_cpu=median(ours.cpu_seconds / theirs.cpu_seconds for ours, theirs in pairs),
+            **({"ratio_cpu": median(cpu)} if cpu else {}),
             steps=self[name].steps,
             us_per_step=1e6 * seconds / self[name].steps,
             **({"ms_per_visit": 1e3 * seconds / visits} if visits else {}),
             weight_difference=self.difference(name, baseline),
-            params_trained=sum(tensor.numel() for tensor in self[name].weights.values()),
-            **self[name].figures,
+            **{"params_trained": sum(tensor.numel() for tensor in self[name].weights.values())} | self[name].figures,
             **({"target": target} if target else {}),
             **info,
         )
