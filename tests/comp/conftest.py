@@ -8,6 +8,15 @@ import pytest
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))  # tiny_models.py: importlib mode puts no folder on the path
 
+QUICK = {"llama", "gpt2", "bert"}  # one for each way to lay weights out: what is run where ``slow`` is left out
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kind = item.callspec.params.get("kind") if hasattr(item, "callspec") else None
+        if kind and kind not in QUICK and item.path.parent == Path(__file__).parent:
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
