@@ -6,6 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny_text.py: importlib mode puts no folder on the path
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # runs in several processes are compared bit for bit, and threads decide about last bits
 
 
 def pytest_collection_modifyitems(items):
