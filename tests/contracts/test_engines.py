@@ -227,11 +227,13 @@ def test_a_checkpoint_of_mid_round_is_refused(ray_engine, tmp_path):
         fit(make_strategy(engine=ray_engine), ckpt_path=tmp_path / "step=1.ckpt")
 
 
-def test_a_schedule_of_steps_is_refused(ray_engine):
+@pytest.mark.parametrize("asks", [False, True], ids=["", "asks for the number of steps"])
+def test_a_schedule_of_steps_is_refused(asks, ray_engine):
     class ByStep(Net):
         def configure_optimizers(self):
             optimizer = self.make_optimizer()
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            steps = self.trainer.estimated_stepping_batches if asks else 10
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     with pytest.raises(ValueError, match="interval='epoch'"):

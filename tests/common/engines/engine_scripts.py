@@ -35,6 +35,11 @@ class FailsOnRank(Net):
         return super().training_step(batch, batch_idx)
 
 
+class FailsBeforeTheBeginning(Net):
+    def validation_step(self, batch, batch_idx):
+        raise ZeroDivisionError(f"in the sanity check on rank {RANK}")
+
+
 class DiesOnRank(FailsOnRank):
     def training_step(self, batch, batch_idx):
         if self.rank == RANK:
@@ -62,18 +67,21 @@ class Data(L.LightningDataModule):
 
 def fits_on_ranks(folder):
     """Some that fail on one rank and on all, some that are fine, and one in a process group of the user's own."""
-    for rank in ("1", "all"):
+    for case, module in (("1", FailsOnRank("1")), ("all", FailsOnRank("all")), ("early", FailsBeforeTheBeginning())):
         try:
-            fit(make_strategy(engine=Ranks(), per_round=6), FailsOnRank(rank))
+            sanity = {"num_sanity_val_steps": 1} if case == "early" else {}
+            fit(make_strategy(engine=Ranks(), per_round=6), module, **sanity)
         except Exception as error:
-            Path(folder, f"{rank}-{RANK}").write_text("".join(traceback.format_exception(error)))
+            Path(folder, f"{case}-{RANK}").write_text("".join(traceback.format_exception(error)))
     expected = exact(fit(make_strategy()).module.state_dict())
 
     def compare(case, module):
         Path(folder, f"{case}-{RANK}").write_text("same" if exact(module.state_dict()) == expected else "different")
 
     save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    compare("fine", fit(make_strategy(engine=Ranks()), callbacks=[save]).module)
+    fine = fit(make_strategy(engine=Ranks()), callbacks=[save])
+    compare("fine", fine.module)
+    fine.trainer.save_checkpoint(Path(folder, f"after-{RANK}.ckpt"))
     compare("resumed", fit(make_strategy(engine=Ranks()), ckpt_path=Path(folder, "epoch=0.ckpt")).module)
     module = Net()
     make_trainer(make_strategy(engine=Ranks())).fit(module, datamodule=Data())

@@ -61,7 +61,8 @@ def wait_for(condition, seconds):
 
 
 @needs_ray
-def test_interrupted_ray(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_ray(sent, tmp_path):
     mark = uuid.uuid4().hex
     output = tmp_path / "output"
     with output.open("w") as file:
@@ -78,8 +79,9 @@ def test_interrupted_ray(tmp_path):
     assert len(pids) > 3, output.read_text()
     loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     assert listening(pids) and listening(pids) <= loopback
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sent)
     process.wait(timeout=150)
+    assert (process.returncode == 0) == (sent == signal.SIGTERM), output.read_text()  # Lightning ends fits by it
     wait_for(lambda: not marked(mark), 30)
 
 
@@ -96,6 +98,9 @@ def test_fits_on_ranks_that_fail_and_go_on(tmp_path):
     for case, rank in (("1", "0"), ("1", "1"), ("all", "0"), ("all", "1")):
         failing = "1" if case == "1" else rank
         assert f"ZeroDivisionError: in the module's own code on rank {failing}" in said[case, rank]
+    assert "Rank 0 failed:" in (tmp_path / "early-1").read_text()
+    assert all("in the sanity check on rank 0" in (tmp_path / f"early-{rank}").read_text() for rank in "01")
+    assert [path.name for path in tmp_path.glob("after-*")] == ["after-0.ckpt"]
     assert "leave out init_process_group" in (tmp_path / "group-0").read_text()
     for case in ("fine", "resumed", "datamodule"):
         assert (tmp_path / f"{case}-0").read_text() == (tmp_path / f"{case}-1").read_text() == "same", case

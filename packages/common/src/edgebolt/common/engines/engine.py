@@ -139,6 +139,9 @@ class Engine(ABC):
     def get(self, stored: Any) -> bytes:
         """The inverse of :meth:`put`."""
 
+    def give_up(self) -> None:  # noqa: B027
+        """An error ends the run before :meth:`begin`: tell processes that wait for it; default: there are none."""
+
     @abstractmethod
     def end(self) -> None:
         """Stop the workers; also after an error, and if :meth:`begin` was never called."""

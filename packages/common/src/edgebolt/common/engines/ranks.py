@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
@@ -166,10 +166,22 @@ class Ranks(Engine):
         if failed:
             end = {"error": "".join(traceback.format_exception(sys.exc_info()[1]))}
         try:
-            sent = [work for rank in range(1, self.size) for work in self._send(rank, {"end": end})]
-            (_wait_a_little if failed else _wait)(sent)
+            with suppress(RuntimeError) if failed else nullcontext():  # a rank that is gone hides no error
+                sent = [work for rank in range(1, self.size) for work in self._send(rank, {"end": end})]
+                (_wait_a_little if failed else _wait)(sent)
         finally:
             self._disconnect()
+
+    def give_up(self) -> None:
+        """The ranks that wait for a beginning raise what ends the run; they may have met it themselves."""
+        if self.serves:
+            return
+        error = "".join(traceback.format_exception(sys.exc_info()[1]))
+        with suppress(RuntimeError):
+            self._connect(_GRACE)
+            for rank in range(1, self.size):
+                _wait_a_little(self._send(rank, {"end": {"error": error}}))
+        self._disconnect()
 
     # -------------------------------------------------------------------------------------------- other ranks
 
@@ -190,7 +202,10 @@ class Ranks(Engine):
                     "configure_optimizers() asks for trainer.estimated_stepping_batches, which on ranks only the "
                     "first knows: write the number of rounds there, or use engine='serial'."
                 )
-            begun = self._receive(0)["begin"]
+            received = self._receive(0)
+            if "end" in received:
+                orders.ended(received["end"])
+            begun = received["begin"]
             if begun["versions"] != job.versions:
                 raise RuntimeError(
                     f"Rank {self.rank} has {job.versions}, rank 0 {begun['versions']}: install the same versions."
@@ -225,7 +240,7 @@ class Ranks(Engine):
 
     # ------------------------------------------------------------------------------------------------ the wire
 
-    def _connect(self) -> None:
+    def _connect(self, timeout: timedelta | None = None) -> None:
         """A group that is not torch's default one: with that, Lightning would wait for all ranks at every fit."""
         if distributed.is_initialized():
             raise RuntimeError(
@@ -234,7 +249,7 @@ class Ranks(Engine):
             )
         store, _, _ = next(rendezvous("env://", self.rank, self.size))
         own = PrefixStore(f"edgebolt/{next(_fits)}", store)
-        self._group = distributed.ProcessGroupGloo(own, self.rank, self.size, self.timeout)
+        self._group = distributed.ProcessGroupGloo(own, self.rank, self.size, timeout or self.timeout)
 
     def _disconnect(self) -> None:
         self._group = self._module = None
@@ -269,7 +284,7 @@ class _Orders:
         self._kept: list[Order] = []
         self.end: dict[str, Any] = {}
 
-    def _ended(self, end: dict[str, Any]) -> None:
+    def ended(self, end: dict[str, Any]) -> None:
         """Rank 0's run is over: note its model and metrics, or raise its error."""
         self.end = end
         if "error" in end:
@@ -279,7 +294,7 @@ class _Orders:
         if not self._kept:
             received = self._ranks._receive(0)
             if "end" in received:
-                self._ended(received["end"])
+                self.ended(received["end"])
                 return None
             self._ranks.wait()
             self._kept = _orders(received["orders"])

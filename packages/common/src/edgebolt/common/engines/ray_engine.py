@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -163,12 +164,15 @@ class RayEngine(Engine):
         """To Ray; what is asked of it before would start one by itself, on all of the machine's addresses."""
         ray = _ray()
         if not ray.is_initialized():
+            handler = signal.getsignal(signal.SIGTERM)  # Ray takes it, and Lightning ends a fit by it
             self._started = self.address is None
             if self._started:
                 _start_here(ray)
             else:
                 ray.init(self.address, log_to_driver=False)
                 self._joined = True
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
 
     def _fitting(self, nodes: list[dict[str, float]]) -> int:
         """How many workers the nodes' resources allow; each has to fit into one node."""

@@ -23,6 +23,7 @@ __all__ = [
     "check_trainable",
     "check_trainer",
     "require_lightning_trainer",
+    "ignore_warnings",
     "several_optimizers",
 ]
 
@@ -83,6 +84,15 @@ def check_beginning(trainer: pl.Trainer) -> None:
             f"This Trainer has trained {trainer.global_step} steps already; its counters go on while the federated "
             "state would begin afresh: make a new Trainer, or pass ckpt_path to go on."
         )
+
+
+def ignore_warnings(workers: bool) -> None:
+    """Silence what Lightning and torch say of rounds that is of no use, or untrue where workers train."""
+    # Said anew for each round's length; what is logged of a round does not depend on steps.
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", "`training_step` returned `None`")  # the idle batch
+    if workers:  # it is they who step optimizers
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
 
 
 def check_engine(trainer: pl.Trainer) -> None:

@@ -214,7 +214,10 @@ class RemoteVisits(DeviceHalf):
         """Stop the workers; what devices remember is kept here, for a checkpoint after the fit."""
         self._attend(True)
         trainer: Any = self.trainer
-        if not trainer.interrupted:
+        if trainer.interrupted:
+            if not self._begun:
+                self.engine.give_up()
+        else:
             if self.engine.collective and not self._begun:
                 self.engine.begin(self.job(self.initial))
             for client in list(self._unheard):

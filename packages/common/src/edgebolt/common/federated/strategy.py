@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -31,6 +30,7 @@ from edgebolt.common.federated.checks import (
     check_same_loader,
     check_trainable,
     check_trainer,
+    ignore_warnings,
     several_optimizers,
 )
 from edgebolt.common.federated.client import ClientCallback
@@ -222,9 +222,7 @@ class FederatedStrategy(LocalSteps):
             trainer.num_sanity_val_steps = 0
         if type(self.algorithm).evaluation is not Algorithm.evaluation:
             trainer.num_sanity_val_steps = 0  # its loader would serve round 0 too
-        # Said anew for each round's length, and of no use: what is logged of a round does not depend on steps.
-        warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-        warnings.filterwarnings("ignore", "`training_step` returned `None`")  # the idle batch
+        ignore_warnings(workers=not isinstance(self.engine, Serial))
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Begin afresh; a checkpoint, if there is one, is loaded after this."""
@@ -251,6 +249,8 @@ class FederatedStrategy(LocalSteps):
             raise
         if len(self.optimizers) != 1:
             raise ValueError(several_optimizers(self.lightning_module))
+        if not isinstance(self.engine, Serial):
+            check_engine(trainer)
 
     def process_dataloader(self, dataloader: object) -> object:
         """While training, the user's loader becomes this round's; otherwise it passes through."""
@@ -354,7 +354,6 @@ class FederatedStrategy(LocalSteps):
         if isinstance(self.engine, Serial):
             devices = DeviceHalf(**half)
         else:
-            check_engine(self._trainer)
             source = loader if self._datamodule is None else self._datamodule
 
             def job(initial: Tensors) -> Job:
@@ -368,6 +367,8 @@ class FederatedStrategy(LocalSteps):
         """Let the engine's workers go."""
         if self.loop is not None:
             self.loop.devices.end()
+        elif self._trainer.interrupted and not isinstance(self.engine, Serial):
+            self.engine.give_up()
         super().teardown()
 
     @property
@@ -463,7 +464,9 @@ class FederatedStrategy(LocalSteps):
             self._open_epoch &= self._trainer.current_epoch > 0  # in epoch 0 that loader stays
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write large device memories beside the checkpoint, then the checkpoint."""
+        """Write large device memories beside the checkpoint, then the checkpoint; nothing on a rank that serves."""
+        if self.engine.serves:
+            return
         states = checkpoint.get("optimizer_states") or [{}]
         if _KEY in states[0] and self.loop is not None:
             devices = self.loop.devices
