@@ -22,8 +22,8 @@ __all__ = [
     "check_same_loader",
     "check_trainable",
     "check_trainer",
-    "require_lightning_trainer",
     "ignore_warnings",
+    "require_lightning_trainer",
     "several_optimizers",
 ]
 
