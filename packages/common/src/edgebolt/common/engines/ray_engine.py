@@ -171,7 +171,7 @@ class RayEngine(Engine):
             else:
                 ray.init(self.address, log_to_driver=False)
                 self._joined = True
-            if threading.current_thread() is threading.main_thread():
+            if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
 
     def _fitting(self, nodes: list[dict[str, float]]) -> int:
